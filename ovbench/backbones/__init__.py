@@ -1,0 +1,1 @@
+"""Frozen networks: DenseCLIP and its weights (later attention sources, SAM and mask generators)."""

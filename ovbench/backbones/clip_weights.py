@@ -1,0 +1,315 @@
+"""Where a CLIP comes from: an open_clip tag, the hub, a file, random numbers, or the built-in one.
+
+The activation follows the weights: a tag knows its own, a file in OpenAI's format means QuickGELU, an open_clip
+architecture names its own. A wrong one costs points without any error, so it is never left to a default and is recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.errors import UsageError, WeightsError, unknown_name
+
+# OpenAI's mean and deviation on RGB 0..255 as every public training-free configuration rounds them
+OPENAI_MEAN = (122.771, 116.746, 104.094)
+OPENAI_STD = (68.501, 66.632, 70.323)
+DEFAULT_ARCH = "ViT-B-16"
+Activation = Literal["auto", "gelu", "quickgelu"]
+# Keys that only OpenAI's own archives carry beside the tensors
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+def load_clip(
+    weights: str, arch: str | None = None, *, activation: Activation = "auto", seed: int = 0, device: str = "cpu"
+) -> DenseCLIP:
+    """A frozen :class:`DenseCLIP` in float32 and evaluation mode on ``device``.
+
+    Args:
+        weights: ``builtin``, ``random``, an open_clip tag (``openai``, ``laion2b_s34b_b88k``, ...),
+            ``hf-hub:org/name``, or the path of a ``.safetensors`` / ``.pt`` / ``.bin`` state dict.
+        arch: open_clip architecture. For a file, None means OpenAI's format, read from the shapes.
+        activation: For a file that does not tell: force GELU or QuickGELU.
+        seed: Seed of random weights.
+        device: Torch device.
+
+    Raises:
+        UsageError: Unknown architecture or tag.
+        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+    """
+    if weights == "builtin":
+        if arch is not None:
+            raise UsageError("--weights builtin has an architecture of its own: leave --arch away.")
+        from ovbench.builtin.weights import load_state_dict, weights_path
+
+        dense = _from_openai_format(load_state_dict(), "builtin", _sha256(weights_path()), arch="builtin-ViT-12x128")
+    elif weights == "random":
+        dense = _random(arch or DEFAULT_ARCH, seed, activation)
+    elif weights.startswith("hf-hub:"):
+        dense = _from_hub(weights)
+    elif _looks_like_path(weights):
+        dense = _from_file(Path(weights).expanduser(), arch, activation)
+    else:
+        dense = _from_tag(arch or DEFAULT_ARCH, weights)
+    return dense.to(device)
+
+
+def _looks_like_path(weights: str) -> bool:
+    return Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt"} or "/" in weights or Path(weights).is_file()
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """The tensors of a ``.safetensors`` or pickled state dict, read without running foreign code.
+
+    Raises:
+        WeightsError: Missing, unreadable, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
+        hint = "It must be a .safetensors file or a state dict saved by torch.save."
+        if "TorchScript" in str(error) or "weights_only" in str(error).lower() and "constants.pkl" in str(error):
+            hint = (
+                "It is a TorchScript archive (OpenAI's original download), which holds code. Use '--pretrained openai', "
+                "or save its state_dict() as .safetensors once and give that file."
+            )
+        raise WeightsError(f"Cannot read weights from '{path}': {str(error).splitlines()[0]} {hint}") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
+    state = dict(content)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = dict(state[wrapper])
+            break
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLIP:
+    state = read_state_dict(path)
+    digest = _sha256(path)
+    if arch is None:
+        return _from_openai_format(state, str(path), digest, activation=activation)
+    config = _arch_config(arch)
+    openai = any(key in state for key in OPENAI_EXTRAS)
+    quick = activation == "quickgelu" or (activation == "auto" and (openai or bool(config.get("quick_gelu"))))
+    for key in OPENAI_EXTRAS:
+        state.pop(key, None)
+    model = _create(arch, quick_gelu=quick)
+    if not hasattr(model, "token_embedding"):
+        from open_clip.model import convert_to_custom_text_state_dict
+
+        state = convert_to_custom_text_state_dict(state)
+    _load_strictly(model, state, str(path), arch)
+    return _wrap(model, arch, str(path), digest, quick)
+
+
+def _from_openai_format(
+    state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, activation: Activation = "auto"
+) -> DenseCLIP:
+    from open_clip.model import CLIP
+
+    config = openai_config(state, name)
+    quick = activation != "gelu"
+    model = CLIP(**config, quick_gelu=quick)
+    vision = config["vision_cfg"]
+    arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+    _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
+    return _wrap(model, arch, name, digest, quick)
+
+
+def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Arguments of open_clip's ``CLIP`` read from the shapes of an OpenAI-format state dict (heads = width / 64).
+
+    Raises:
+        WeightsError: Not a CLIP ViT in OpenAI's format; names what is missing.
+    """
+    needed = [
+        "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "text_projection",
+        "positional_embedding", "token_embedding.weight", "ln_final.weight",
+    ]  # fmt: skip
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise WeightsError(
+            f"'{name}' is not a CLIP ViT in OpenAI's format: it lacks {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}. For another layout name its open_clip architecture with --arch."
+        )
+
+    def layers(prefix: str) -> int:
+        return len({key.split(".resblocks.")[1].split(".")[0] for key in state if key.startswith(prefix)})
+
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    text_width = int(state["ln_final.weight"].shape[0])
+    return {
+        "embed_dim": int(state["text_projection"].shape[1]),
+        "vision_cfg": {
+            "layers": layers("visual.transformer.resblocks."),
+            "width": int(width),
+            "head_width": 64,
+            "patch_size": int(patch),
+            "image_size": grid * int(patch),
+        },
+        "text_cfg": {
+            "context_length": int(state["positional_embedding"].shape[0]),
+            "vocab_size": int(state["token_embedding.weight"].shape[0]),
+            "width": text_width,
+            "heads": max(1, text_width // 64),
+            "layers": layers("transformer.resblocks."),
+        },
+    }
+
+
+def _random(arch: str, seed: int, activation: Activation) -> DenseCLIP:
+    config = _arch_config(arch)
+    quick = activation == "quickgelu" or (activation == "auto" and bool(config.get("quick_gelu")))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _create(arch, quick_gelu=quick)
+    digest = hashlib.sha256(f"random {arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
+    return _wrap(model, arch, "random", digest, quick)
+
+
+def _from_tag(arch: str, tag: str) -> DenseCLIP:
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+
+    config = _arch_config(arch)
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    entry = open_clip.get_pretrained_cfg(arch, tag)
+    if not entry:
+        error = unknown_name(f"weights tag for {arch}", tag, [*tags, "random", "builtin"])
+        raise UsageError(f"{error} A file needs its suffix or a path with '/'.")
+    quick = bool(entry.get("quick_gelu", False))
+    if config.get("quick_gelu") and not quick:
+        raise UsageError(
+            f"The weights '{tag}' were trained with GELU, but {arch} is a QuickGELU architecture: use --arch "
+            f"{arch.removesuffix('-quickgelu')}."
+        )
+    try:
+        path = Path(download_pretrained(entry))
+        model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
+    except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
+        raise _download_error(f"'{tag}' for {arch}", error) from error
+    return _wrap(model, arch, tag, _sha256(path), quick)
+
+
+def _from_hub(name: str) -> DenseCLIP:
+    import open_clip
+    from open_clip.factory import _get_hf_config
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    repository = name.removeprefix("hf-hub:")
+    try:
+        config = _get_hf_config(repository)
+        path = Path(download_pretrained_from_hf(repository))
+        model = open_clip.create_model(name, precision="fp32")
+    except Exception as error:
+        raise _download_error(f"'{name}'", error) from error
+    tokenizer = open_clip.get_tokenizer(name)
+    return _wrap(model, name, name, _sha256(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer)
+
+
+def _download_error(what: str, error: Exception) -> WeightsError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return WeightsError(
+        f"Could not get the weights {what}: {reason} Without a network, fetch them elsewhere into the hub's cache "
+        "(HF_HOME) or give a file: --weights FILE.safetensors. '--weights random' needs no download (for timing), "
+        "'--demo' runs on the built-in CLIP."
+    )
+
+
+def _arch_config(arch: str) -> dict[str, Any]:
+    import open_clip
+
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        raise unknown_name("architecture", arch, open_clip.list_models())
+    return dict(config)
+
+
+def _create(arch: str, *, quick_gelu: bool) -> nn.Module:
+    """An open_clip model with fresh weights and exactly the wanted activation."""
+    import open_clip
+
+    if not quick_gelu and _arch_config(arch).get("quick_gelu"):
+        model: nn.Module = open_clip.create_model(arch, precision="fp32", pretrained_text=False, quick_gelu=False)
+    else:
+        model = open_clip.create_model(arch, precision="fp32", pretrained_text=False, force_quick_gelu=quick_gelu)
+    return model
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+    expected = model.state_dict()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    wrong = [
+        f"{key} is {tuple(value.shape)}, needs {tuple(expected[key].shape)}"
+        for key, value in tensors.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    # buffers that some releases of open_clip saved and others derive
+    derived = {"attn_mask", "text.attn_mask", "logit_bias"}
+    missing = [key for key in expected if key not in tensors and key not in derived]
+    surplus = [key for key in tensors if key not in expected and key not in derived]
+    if wrong or missing or surplus:
+        parts = []
+        for label, items in (("shapes differ", wrong), ("missing", missing), ("unknown", surplus)):
+            if items:
+                parts.append(f"{label}: {'; '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}")
+        raise WeightsError(
+            f"'{name}' does not fit {arch}: {'. '.join(parts)}. Name the architecture it was made for with --arch, or leave "
+            "--arch away for a file in OpenAI's format."
+        )
+    model.load_state_dict({key: value.float() for key, value in tensors.items() if key in expected}, strict=False)
+    broken = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if broken:
+        raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+
+
+def _wrap(
+    model: nn.Module,
+    arch: str,
+    weights: str,
+    digest: str,
+    quick: bool,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> DenseCLIP:
+    import open_clip
+
+    if tokenizer is None:
+        known = open_clip.get_model_config(arch) is not None
+        tokenizer = open_clip.get_tokenizer(arch) if known else open_clip.SimpleTokenizer()
+    preprocess = getattr(model.visual, "preprocess_cfg", None) or {}
+    mean, std = OPENAI_MEAN, OPENAI_STD
+    given = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)), tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
+    if given != (tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)):
+        mean, std = (tuple(255.0 * float(value) for value in part) for part in given)  # type: ignore[assignment]
+    return DenseCLIP(
+        model,
+        tokenizer=tokenizer,
+        arch=arch,
+        weights=weights,
+        weights_sha256=digest,
+        activation="quickgelu" if quick else "gelu",
+        mean=mean,
+        std=std,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

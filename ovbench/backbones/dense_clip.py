@@ -1,0 +1,265 @@
+"""One CLIP vision tower for every dense method: tokens, last-block q/k/v, and a replaceable last block.
+
+Works on the parameters of open_clip's ``VisionTransformer`` for any batch and any image size; it registers no hook and
+changes no module, so the wrapped model stays usable as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovbench.errors import UsageError, WeightsError
+
+PosInterp = Literal["offset", "size"]
+Grid = tuple[int, int]
+# (q, k, v), each (B, heads, 1+N, d), and the patch grid -> attention output (B, heads, 1+N, d)
+Attend = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Output tokens of chosen blocks.
+
+    Attributes:
+        after: Block index (0 = first block) -> tokens (B, 1 + N, C), CLS first, patches row-major.
+        grid: Patch grid (h, w), N = h * w.
+    """
+
+    after: dict[int, Tensor]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """How the last block turns tokens into dense tokens; the training-free family differs in nothing else.
+
+    Attributes:
+        attend: Attention on the block's own q, k, v; None is the block's ordinary q-k attention.
+        residual: Add the block's input to the attention output.
+        mlp: Run the block's MLP (with its own residual) behind the attention.
+    """
+
+    attend: Attend | None = None
+    residual: bool = True
+    mlp: bool = True
+
+
+def resize_position_embedding(embedding: Tensor, pretrained: Grid, grid: Grid, how: PosInterp = "offset") -> Tensor:
+    """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), bicubic, the CLS row untouched.
+
+    Args:
+        embedding: Pretrained embedding, CLS first.
+        pretrained: Its grid.
+        grid: Wanted grid (h, w).
+        how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (DINO's trick against
+            rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
+    """
+    if grid == pretrained:
+        return embedding
+    cls, patches = embedding[:1], embedding[1:]
+    image = patches.reshape(1, *pretrained, -1).permute(0, 3, 1, 2).float()  # (1, C, g_h, g_w)
+    if how == "offset":
+        scale = [(grid[0] + 0.1) / pretrained[0], (grid[1] + 0.1) / pretrained[1]]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    if tuple(image.shape[-2:]) != grid:  # floor((h + 0.1)/g * g) can only differ through rounding on huge grids
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, image.flatten(2)[0].T.to(embedding.dtype)])
+
+
+class DenseCLIP(nn.Module):
+    """A frozen CLIP with dense access to its vision tower.
+
+    Args:
+        clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``.
+        tokenizer: Callable list[str] -> (n, context) integer tokens.
+        arch: Name of the architecture, for records.
+        weights: What the user asked for (tag, file name, ``random`` ...), for records.
+        weights_sha256: Content hash of the weights.
+        activation: ``quickgelu`` or ``gelu``, for records.
+        mean: Channel means on RGB 0..255.
+        std: Channel standard deviations on RGB 0..255.
+
+    Raises:
+        WeightsError: The tower is not a plain CLIP ViT (ResNet, timm, attention pooling).
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        *,
+        tokenizer: Callable[[list[str]], Tensor],
+        arch: str,
+        weights: str,
+        weights_sha256: str,
+        activation: str,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+        _require_plain_vit(clip, arch)
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.arch, self.weights, self.weights_sha256, self.activation = arch, weights, weights_sha256, activation
+        self.pos_interp: PosInterp = "offset"
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._positions: dict[tuple[Any, ...], Tensor] = {}
+        self.requires_grad_(False).eval()
+
+    @property
+    def visual(self) -> Any:
+        """open_clip's ``VisionTransformer``."""
+        return self.clip.visual
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The residual attention blocks, first to last."""
+        blocks: nn.ModuleList = self.visual.transformer.resblocks
+        return blocks
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Token width C."""
+        return int(self.visual.conv1.out_channels)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per block."""
+        return int(self.blocks[-1].attn.num_heads)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint image-text space."""
+        return int(self.visual.proj.shape[1])
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.visual.conv1.kernel_size[0])
+
+    @property
+    def image_size(self) -> Grid:
+        """Image size (h, w) in pixels of the pretrained position grid."""
+        grid = self.visual.grid_size
+        return grid[0] * self.patch, grid[1] * self.patch
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w), RGB 0..255 of any dtype, as float32 with the weights' own mean and deviation."""
+        return (images.float() - self.mean) / self.std  # type: ignore[operator]
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens (B, 1 + N, C) that enter the first block, and the grid, from normalised images (B, 3, h, w).
+
+        Pixels beyond the last whole patch (right, bottom) are dropped, as CLIP's patch embedding does.
+
+        Raises:
+            UsageError: The image is smaller than one patch.
+        """
+        if min(images.shape[-2:]) < self.patch:
+            raise UsageError(
+                f"An input of {images.shape[-2]} x {images.shape[-1]} pixels is smaller than one {self.patch}-pixel patch "
+                f"of {self.arch}: raise --short-side or --crop."
+            )
+        patches = self.visual.conv1(images)  # (B, C, h, w)
+        grid = (patches.shape[-2], patches.shape[-1])
+        x = patches.flatten(2).transpose(1, 2).float()  # under autocast too: the residual stream stays float32
+        cls = self.visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([cls, x], dim=1) + self._position(grid, x)
+        return self.visual.ln_pre(x), grid
+
+    def _position(self, grid: Grid, like: Tensor) -> Tensor:
+        key = (grid, self.pos_interp, like.dtype, like.device)
+        if key not in self._positions:
+            embedding = self.visual.positional_embedding
+            resized = resize_position_embedding(embedding, self.visual.grid_size, grid, self.pos_interp)
+            if len(self._positions) >= 64:  # whole-image runs meet many sizes
+                self._positions.clear()
+            self._positions[key] = resized.to(like.dtype)
+        return self._positions[key]
+
+    def tokens(self, images: Tensor, after: Collection[int]) -> Tokens:
+        """Output tokens of the chosen blocks from normalised images (B, 3, h, w); later blocks are not run.
+
+        Args:
+            images: Normalised images.
+            after: Block indices, 0 .. L-1; negative ones count from the end.
+        """
+        wanted = {index % self.depth for index in after}
+        x, grid = self.embed(images)
+        kept: dict[int, Tensor] = {}
+        for index in range(max(wanted) + 1):
+            x = self.block(index, x)
+            if index in wanted:
+                kept[index] = x
+        return Tokens(kept, grid)
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Output (B, T, C) of one ordinary block."""
+        return self.apply_block(index, x, (0, 0), LastBlock())
+
+    def apply_block(self, index: int, x: Tensor, grid: Grid, rule: LastBlock) -> Tensor:
+        """Output (B, T, C) of block ``index`` under ``rule``."""
+        block: Any = self.blocks[index]
+        q, k, v = self.qkv(x, index)
+        heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
+        out = block.ls_1(self.merge_heads(heads, index))
+        if rule.residual:
+            out = x + out
+        if rule.mlp:
+            out = out + block.ls_2(block.mlp(block.ln_2(out)))
+        return out
+
+    def qkv(self, x: Tensor, index: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value of a block (its LN1 applied), each (B, heads, T, d), from its input (B, T, C)."""
+        block: Any = self.blocks[index]
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        batch, length, _ = x.shape
+        q, k, v = qkv.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge_heads(self, heads: Tensor, index: int = -1) -> Tensor:
+        """Output projection of a block's attention: (B, heads, T, d) -> (B, T, C)."""
+        block: Any = self.blocks[index]
+        out: Tensor = block.attn.out_proj(heads.transpose(1, 2).flatten(2))
+        return out
+
+    def project(self, x: Tensor) -> Tensor:
+        """Tokens (..., C) in the joint image-text space (..., D): final layer norm and projection."""
+        return self.visual.ln_post(x) @ self.visual.proj
+
+    def dense(self, images: Tensor, rule: LastBlock) -> Tensor:
+        """Dense features (B, h, w, D), not normalised, of normalised images under a rule for the last block."""
+        tokens = self.tokens(images, [self.depth - 2])
+        x = self.apply_block(self.depth - 1, tokens.after[self.depth - 2], tokens.grid, rule)
+        return self.project(x[:, 1:]).unflatten(1, tokens.grid)
+
+
+def _require_plain_vit(clip: nn.Module, arch: str) -> None:
+    from open_clip.transformer import VisionTransformer
+
+    visual = getattr(clip, "visual", None)
+    problem = None
+    if not isinstance(visual, VisionTransformer):
+        problem = f"its image tower is a {type(visual).__name__}"
+    elif visual.attn_pool is not None or visual.proj is None:
+        problem = "its image tower pools by attention"
+    elif not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
+        problem = "its attention blocks are not the standard ones"
+    if problem:
+        raise WeightsError(
+            f"{arch} cannot give dense features here: {problem}. Use a CLIP ViT of open_clip, e.g. ViT-B-16, ViT-B-32, "
+            "ViT-L-14, ViT-L-14-336 or ViT-H-14."
+        )

@@ -1,0 +1,193 @@
+"""Reads a benchmark's data files: ``dataset_configs/<name>.py`` as text, ``dataset_configs/words/<name>.json``.
+
+The configs are also mmengine configs, but neither mmengine nor Python runs them here: only literals and ``dict(...)``
+are understood, so reading one cannot execute anything and takes no time.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ovbench.errors import DataError
+
+Words = tuple[tuple[str, ...], ...]
+
+
+def _literal(node: ast.expr, where: str) -> Any:
+    """The value of a literal or of ``dict(key=literal, ...)``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            raise DataError(f"{where}:{node.lineno}: dict(...) takes only key=value here.")
+        return {str(keyword.arg): _literal(keyword.value, where) for keyword in node.keywords}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item, where) for item in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [_literal(key, where) for key in node.keys if key is not None]
+        return dict(zip(keys, (_literal(value, where) for value in node.values), strict=True))
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        text = f"{where}:{node.lineno}: '{ast.unparse(node)}' is not data (only literals and dict(...) are allowed)."
+        raise DataError(text) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The top-level assignments of a data-only Python file; the file is parsed, never run.
+
+    Raises:
+        DataError: The file is missing, is not Python or holds anything but a docstring and ``name = data``.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"The dataset config '{path}' cannot be read: {error}.") from error
+    values: dict[str, Any] = {}
+    for position, node in enumerate(tree.body):
+        if position == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = _literal(node.value, path.name)
+        else:
+            raise DataError(f"{path.name}:{node.lineno}: a dataset config holds only 'name = data' lines.")
+    return values
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= 255 for item in value)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_prefix(value: object) -> bool:
+    return isinstance(value, dict) and set(value) == {"img_path", "seg_map_path"} and all(map(_is_name, value.values()))
+
+
+def _is_one_of(*allowed: object) -> Callable[[object], bool]:
+    return lambda value: value in allowed
+
+
+# section -> key -> (required, test)
+_SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
+    "benchmark": {
+        "title": (True, _is_name),
+        "version": (True, _is_size),
+        "order": (True, _is_size),
+        "num_classes": (True, _is_size),
+        "has_background": (True, _is_flag),
+        "expected_images": (True, _is_size),
+        "homes": (True, _is_strings),
+        "labels_from": (True, _is_name),
+        "zero_in_most": (True, _is_flag),
+        "has_255": (True, _is_flag),
+        "raw_gaps": (False, _is_ids),
+    },
+    "dataset": {
+        "type": (True, _is_name),
+        "data_prefix": (True, _is_prefix),
+        "ann_file": (True, _is_text),
+        "img_suffix": (True, _is_name),
+        "seg_map_suffix": (True, _is_name),
+        "reduce_zero_label": (True, _is_flag),
+        # mmseg's LoadAnnotations knows no other ignore index when it reduces the zero label.
+        "ignore_index": (True, _is_one_of(255)),
+    },
+    "synth": {
+        "home": (True, _is_text),
+        "stems": (True, _is_strings),
+        "short": (True, _is_size),
+        "long": (True, _is_size),
+        "portraits": (True, _is_flag),
+        "label_mode": (True, _is_one_of("L", "P")),
+        "void": (True, _is_one_of("none", "border", "patch", "strip")),
+        "things": (True, _is_one_of("foreground", "any")),
+        "always_zero": (False, _is_flag),
+        "zero_words": (False, _is_strings),
+    },
+}
+
+
+def validate_config(values: Mapping[str, Any], where: str) -> None:
+    """Raises ``DataError`` with every fault of a benchmark config: missing, unknown or ill-typed keys."""
+    faults = [f"unknown section '{name}'" for name in values if name not in _SCHEMA]
+    for section, keys in _SCHEMA.items():
+        given = values.get(section)
+        if not isinstance(given, dict):
+            faults.append(f"section '{section} = dict(...)' is missing")
+            continue
+        faults += [f"unknown key {section}.{key}" for key in given if key not in keys]
+        for key, (required, test) in keys.items():
+            if key not in given:
+                if required:
+                    faults.append(f"{section}.{key} is missing")
+            elif not test(given[key]):
+                faults.append(f"{section}.{key} is {given[key]!r}")
+    if faults:
+        raise DataError(f"The dataset config '{where}' is not valid: {'; '.join(faults)}.")
+
+
+def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict[str, Any]:
+    """The checked content of a word list: ``class_names``, ``palette`` and ``wordings`` as nested tuples.
+
+    A wording given as the name of another one is that one's list.
+
+    Raises:
+        DataError: Missing or unreadable file, another benchmark or version, or lists that do not have one entry with
+            at least one word for each of the ``num_classes`` classes.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The word list '{path}' of benchmark '{name}' cannot be read: {error}.") from error
+    where = f"The word list '{path.name}'"
+    if not isinstance(content, dict) or set(content) != {"benchmark", "version", "class_names", "palette", "wordings"}:
+        raise DataError(f"{where} must have exactly the keys benchmark, version, class_names, palette, wordings.")
+    if (content["benchmark"], content["version"]) != (name, version):
+        found = f"{content['benchmark']} version {content['version']}"
+        raise DataError(f"{where} is for {found}, but the config is {name} version {version}.")
+    names, palette = content["class_names"], content["palette"]
+    if not _is_strings(names) or len(names) != num_classes or len(set(names)) != num_classes:
+        raise DataError(f"{where} must name {num_classes} different classes.")
+    if not isinstance(palette, list) or len(palette) != num_classes:
+        raise DataError(f"{where} must have {num_classes} colours in its palette.")
+    if not all(_is_ids(colour) and len(colour) == 3 for colour in palette):
+        raise DataError(f"{where} has a palette entry that is not [r, g, b] with values 0..255.")
+    wordings = {key: _wording(content["wordings"], key, num_classes, where) for key in content["wordings"]}
+    if not wordings:
+        raise DataError(f"{where} has no wording.")
+    return {"class_names": tuple(names), "palette": tuple(map(tuple, palette)), "wordings": wordings}
+
+
+def _wording(wordings: Mapping[str, Any], key: str, num_classes: int, where: str) -> Words:
+    given = wordings[key]
+    if isinstance(given, str):
+        if not isinstance(wordings.get(given), list):
+            raise DataError(f"{where}: wording '{key}' refers to '{given}', which is not a list of words there.")
+        given = wordings[given]
+    if not isinstance(given, list) or len(given) != num_classes:
+        raise DataError(f"{where}: wording '{key}' must have {num_classes} entries.")
+    for index, words in enumerate(given):
+        if not _is_strings(words) or not words or not all(word.strip() for word in words):
+            raise DataError(f"{where}: wording '{key}' has no words for class {index}: {words!r}.")
+    return tuple(map(tuple, given))

@@ -1,0 +1,50 @@
+"""Where the command line writes: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+# A file or a pipe has no width: wide enough that no name in a table is folded.
+_PIPE_WIDTH = 240
+
+
+def print_json(data: Any) -> None:
+    """Writes data to stdout as indented JSON."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Writes text to stdout as it is, with a line break at the end."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def print_rich(*items: RenderableType) -> None:
+    """Writes rich renderables to stdout; plain and unfolded where it is no terminal."""
+    target = console(sys.stdout)
+    for item in items:
+        target.print(item)
+
+
+def say(message: str) -> None:
+    """One line for the user on stderr."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+def fail(message: str) -> None:
+    """One red line on stderr that begins with ``Error:``."""
+    target = console(sys.stderr)
+    # Not folded: a path or a command in it must stay whole for copying.
+    target.print(f"Error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def console(stream: IO[str]) -> Console:
+    """A rich console on a stream: the terminal's width and colours, or a wide plain one."""
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)

@@ -1,0 +1,222 @@
+"""``ovbench run``: one method on one benchmark, one record."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovbench.cli.console import console, print_rich, print_text, say
+from ovbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from ovbench.results.record import RunRecord
+
+WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recorded)", "How to work"
+
+
+def run(
+    method: Annotated[str, typer.Option("--method", "-m", help="Method; see 'ovbench list methods'.", rich_help_panel=WHAT)],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark; see 'ovbench list datasets'.", rich_help_panel=WHAT)],
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it: customary layouts are found.", rich_help_panel=WHAT)] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Built-in CLIP on generated scenes: needs no download and no data. Tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
+    arch: Annotated[str | None, typer.Option(help="open_clip architecture, e.g. ViT-B-16, ViT-L-14. Not needed for files in OpenAI's format.", rich_help_panel=WHAT)] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag (openai, laion2b_s34b_b88k, ...) or hf-hub:org/name.", rich_help_panel=WHAT)] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file (.safetensors, .pt), 'random' or 'builtin'. Default without --demo: --pretrained openai.", rich_help_panel=WHAT)] = None,
+    activation: Annotated[str, typer.Option(help="auto, gelu or quickgelu; only for weight files that do not tell.", rich_help_panel=WHAT)] = "auto",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method, e.g. -o beta=0.3; may be repeated.", rich_help_panel=WHAT)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.", rich_help_panel=WHAT)] = 0,
+    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Preset ('ovbench list protocols'); 'paper' is the method's own.", rich_help_panel=PROTOCOL)] = "paper",
+    short_side: Annotated[int | None, typer.Option(help="Short side of the input in pixels; 0 = as it is.", rich_help_panel=PROTOCOL)] = None,
+    long_side: Annotated[int | None, typer.Option(help="Upper limit of the long side in pixels.", rich_help_panel=PROTOCOL)] = None,
+    mode: Annotated[str | None, typer.Option(help="slide or whole.", rich_help_panel=PROTOCOL)] = None,
+    crop: Annotated[int | None, typer.Option(help="Window side in pixels.", rich_help_panel=PROTOCOL)] = None,
+    stride: Annotated[int | None, typer.Option(help="Window step in pixels.", rich_help_panel=PROTOCOL)] = None,
+    logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.", rich_help_panel=PROTOCOL)] = None,
+    prob_thd: Annotated[float | None, typer.Option(help="Below this probability: background.", rich_help_panel=PROTOCOL)] = None,
+    area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share of the foreground are dropped.", rich_help_panel=PROTOCOL)] = None,
+    area_rule: Annotated[str | None, typer.Option(help="Where dropped pixels go: background or next-best.", rich_help_panel=PROTOCOL)] = None,
+    wording: Annotated[str | None, typer.Option(help="Named word list of the benchmark, or a file: one class per line, synonyms after commas.", rich_help_panel=PROTOCOL)] = None,
+    templates: Annotated[str | None, typer.Option(help="imagenet80, plain, or a file with one template per line.", rich_help_panel=PROTOCOL)] = None,
+    patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.", rich_help_panel=PROTOCOL)] = None,
+    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.", rich_help_panel=PROTOCOL)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.", rich_help_panel=WORK)] = 1,
+    window_batch: Annotated[int | None, typer.Option(help="Windows per forward, tail padded; default: all of a step, up to 32.", rich_help_panel=WORK)] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images; marks the run partial.", rich_help_panel=WORK)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the same spec and data.", rich_help_panel=WORK)] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Look at the first labels before the run.", rich_help_panel=WORK)] = True,
+    results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
+    save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
+    gallery: Annotated[int, typer.Option(min=0, help="Images in the overlay gallery; 0 = none.", rich_help_panel=WORK)] = 4,
+    dump_config: Annotated[Path | None, typer.Option(help="Write the run as a plain mmengine config to this file and stop.", rich_help_panel=WORK)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the record, alone on stdout.", rich_help_panel=WORK)] = False,
+) -> None:  # fmt: skip
+    """Evaluates a method on a benchmark and stores the record: mIoU, cost, provenance.
+
+    \b
+    Examples:
+    ovbench run --demo --method sc-clip --dataset voc21
+    ovbench run -m sc-clip -d voc21 --data-root ~/data/VOCdevkit --device cuda
+    ovbench run -m clip -d ade20k --data-root ~/data --arch ViT-L-14 --protocol common --limit 50
+    ovbench run -m sc-clip -d voc20 --data-root ~/data --weights ViT-B-16.safetensors --resume
+    """
+    if weights and pretrained:
+        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
+    source = weights or pretrained or ("builtin" if demo else "openai")
+    if demo and source not in {"builtin", "random"}:
+        raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
+    if demo and data_root is not None:
+        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin.")
+    overrides = {
+        "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
+        "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
+        "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
+    }  # fmt: skip
+    from ovbench import benchmarks
+    from ovbench import spec as specs
+    from ovbench.registry import method_info
+
+    method_info(method)
+    benchmarks.get(dataset)
+    spec: specs.RunSpec = specs.validated(
+        specs.RunSpec,
+        {
+            "method": method,
+            "method_options": parse_options(option or []),
+            "dataset": dataset,
+            "protocol": specs.protocol(protocol, dataset, method=method, **overrides),
+            "arch": arch,
+            "weights": source,
+            "activation": activation,
+            "dtype": dtype,
+            "device": device or default_device(),
+            "window_batch": window_batch,
+            "limit": limit,
+            "seed": seed,
+            "demo": demo,
+        },
+    )
+    from ovbench.evaluate import RunOptions
+    from ovbench.evaluate import run as evaluate
+
+    options: dict[str, Any] = {
+        "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
+        "save_predictions": save_predictions, "gallery": gallery, "check": check, "on_message": say,
+        "command": shlex.join(["ovbench", *sys.argv[1:]]),
+    }  # fmt: skip
+    if dump_config is not None:
+        from ovbench.evaluate.config import dump_config as dump
+
+        print_text(str(dump(spec, RunOptions(**options), dump_config)))
+        return
+    with progress("images") as on_images:
+        record = evaluate(spec, **options, on_images=on_images)
+    if json:
+        print_text(record.to_json())
+    else:
+        show(record, results)
+
+
+def default_device() -> str:
+    """``cuda`` where torch sees a GPU, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``["beta=0.3"]`` as ``{"beta": "0.3"}``; the method converts to its own types.
+
+    Raises:
+        UsageError: Not KEY=VALUE.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--option {pair!r}: give KEY=VALUE, e.g. --option beta=0.3.")
+        options[key.strip()] = value.strip()
+    return options
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
+    from time import monotonic
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    target = console(sys.stderr)
+    first: list[float] = []
+    told = [monotonic()]
+
+    def rate(done: int) -> str:
+        if not first:
+            first.extend((monotonic(), float(done)))
+        seconds = monotonic() - first[0]
+        return f"{(done - first[1]) / seconds:.1f} {unit}/s" if seconds > 0 and done > first[1] else ""
+
+    if not target.is_terminal:
+
+        def tell(done: int, total: int) -> None:
+            speed = rate(done)
+            if monotonic() - told[0] > 30:
+                told[0] = monotonic()
+                say(f"{done}/{total} {unit}  {speed}")
+
+        yield tell
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=target, transient=True) as bar:
+        task = bar.add_task("evaluating", total=None, rate="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))
+
+
+def show(record: RunRecord, results: Path) -> None:
+    """Prints the main figures and where the files are."""
+    from rich.table import Table
+
+    from ovbench.results.store import record_path
+
+    metrics, cost = record.metrics, record.efficiency
+    assert metrics is not None and cost is not None  # a record without them is never "ok"
+    spec = record.spec
+    title = f"{spec.method} on {spec.dataset}, {spec.protocol.name} protocol"
+    table = Table(title=f"{title} (demo)" if record.demo else title, title_justify="left")
+    for head in ("mIoU %", "mAcc %", "aAcc %", "images", "images/s", "ms/image", "GMACs", "params M", "peak MiB"):
+        table.add_column(head, justify="right")
+    latency = cost.latency_ms
+    table.add_row(
+        *(_figure(value, 2) for value in (metrics.miou, metrics.macc, metrics.aacc)),
+        str(metrics.images),
+        _figure(cost.images_per_s, 2),
+        f"{latency.median:.1f} (IQR {latency.iqr:.1f})" if latency else "-",
+        _figure(cost.gmacs, 2),
+        _figure(cost.params_m, 1),
+        _figure(cost.peak_memory_mib, 0),
+    )
+    print_rich(table)
+    if record.demo:
+        print_text("demo: built-in CLIP or generated scenes. A check of the pipeline, no evidence about the method.")
+    if record.reason:
+        print_text(f"partial: {record.reason}. Kept out of tables of results.")
+    path = record_path(record, results)
+    print_text(f"record   {path}")
+    for name, file in (("picture", "gallery.png"), ("labels", "predictions")):
+        if (path.with_suffix("") / file).exists():
+            print_text(f"{name:8s} {path.with_suffix('') / file}")
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,83 @@
+"""A run as a plain mmengine config that mmseg's own ``TestLoop`` and ``IoUMetric`` evaluate to the same mIoU."""
+
+from __future__ import annotations
+
+import pprint
+from pathlib import Path
+from typing import Any
+
+from ovbench.errors import RunError
+from ovbench.evaluate.run import RunOptions, data_of, words_of
+from ovbench.spec import RunSpec
+
+HEADER = '''"""{method} on {dataset}, written by 'ovbench run --dump-config'.
+
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+    Runner.from_cfg(Config.fromfile("{name}")).test()
+
+Reading the config imports ovbench.segmentor, which makes mmseg importable on mmcv-lite: do not import mmseg before.
+"""
+'''
+
+
+def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
+    """The config as plain data; needs the dataset to be there (its paths go in), but no weights.
+
+    Raises:
+        UsageError, DataError: Unknown names, or missing data.
+    """
+    from ovbench import benchmarks
+
+    benchmark = benchmarks.get(spec.dataset)
+    root, _ = data_of(benchmark, spec, options)
+    words, _ = words_of(benchmark, spec)
+    path = Path(spec.weights).expanduser()
+    model: dict[str, Any] = {
+        "type": spec.method,
+        "classes": words,
+        "weights": str(path.resolve()) if path.is_file() else spec.weights,
+        "arch": spec.arch,
+        "activation": spec.activation,
+        "seed": spec.seed,
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "window_batch": spec.window_batch,
+        "protocol": spec.protocol.model_dump(mode="json"),
+        "method_options": dict(spec.method_options),
+    }
+    dataset = benchmark.dataset_cfg(root, short_side=spec.protocol.short_side, long_side=spec.protocol.long_side)
+    dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
+    if spec.limit is not None:
+        dataset["indices"] = spec.limit
+    return {
+        "default_scope": "mmseg",
+        "custom_imports": {"imports": ["ovbench.segmentor"], "allow_failed_imports": False},
+        "model": model,
+        "test_dataloader": {
+            "batch_size": options.batch,
+            "num_workers": 0 if options.workers is None else options.workers,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "dataset": dataset,
+        },
+        "test_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "test_cfg": {"type": "TestLoop"},
+        "work_dir": "work_dirs",
+    }
+
+
+def dump_config(spec: RunSpec, options: RunOptions, path: Path) -> Path:
+    """Writes the config of a run to ``path`` (a ``.py`` file) and returns it.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    lines = [HEADER.format(method=spec.method, dataset=spec.dataset, name=path.name)]
+    for key, value in mmengine_config(spec, options).items():
+        lines.append(f"{key} = {pprint.pformat(value, width=110, sort_dicts=False)}\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"Cannot write the config '{path}': {error.strerror}.") from error
+    return path

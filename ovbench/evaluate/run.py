@@ -1,0 +1,294 @@
+"""One run from a spec to a record: data found and checked, model built, images evaluated, figures measured, all stored.
+
+Whatever ends a run early leaves a record that says so, and a shard file from which ``resume`` continues.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ovbench.errors import Interrupted, OvbenchError, RunError, UsageError
+from ovbench.paths import cache_dir
+from ovbench.results import record as records
+from ovbench.results import store
+from ovbench.spec import RunSpec, validated
+
+DEMO_IMAGES = 24
+DEMO_SEED = 20261121
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where things lie and how they are worked through; nothing here can move a score.
+
+    Attributes:
+        data_root: Folder of the dataset (found in customary layouts); None only for demo runs.
+        results: Root folder of the records.
+        batch: Images per step.
+        workers: Processes that read and resize images; None chooses.
+        resume: Continue the newest unfinished run of the same spec and data.
+        save_predictions: Write a palette PNG per image.
+        gallery: Images in the overlay gallery, 0 for none.
+        check: Look at the first label files before anything else.
+        command: Command line for the record.
+        on_images: Progress callback (finished, total).
+        on_message: Receives notices for the user.
+    """
+
+    data_root: Path | None = None
+    results: Path = store.DEFAULT_ROOT
+    batch: int = 1
+    workers: int | None = None
+    resume: bool = False
+    save_predictions: bool = False
+    gallery: int = 4
+    check: bool = True
+    command: str | None = None
+    on_images: Callable[[int, int], None] = lambda done, total: None
+    on_message: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class _State:
+    """What is known of a run so far, for the record of a run that ends early."""
+
+    spec: RunSpec
+    options: RunOptions
+    started: datetime
+    run_id: str = ""
+    fingerprint: str | None = None
+    weights_sha256: str | None = None
+    metrics: records.Metrics | None = None
+    efficiency: records.Efficiency | None = None
+    shard: Any = None
+    partial_reason: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
+    """Evaluates one method on one benchmark and stores the record.
+
+    Args:
+        spec: A spec, or a dict with at least ``method`` and ``dataset``.
+        **options: Fields of :class:`RunOptions` (``data_root=``, ``results=``, ``batch=``, ``resume=`` ...).
+
+    Returns:
+        The record as stored.
+
+    Raises:
+        UsageError, DataError, WeightsError: Nothing was run (a record says so where a results folder can be written).
+        RunError, Interrupted: The run ended early; finished images are kept and ``resume=True`` continues.
+    """
+    if isinstance(spec, dict):
+        spec = validated(RunSpec, spec)
+    unknown = set(options) - set(RunOptions.__dataclass_fields__)
+    if unknown:
+        raise UsageError(f"Unknown run option {', '.join(sorted(unknown))}. Known: {', '.join(RunOptions.__dataclass_fields__)}.")
+    chosen = replace(RunOptions(), **{key: Path(value) if key in {"data_root", "results"} and value else value for key, value in options.items()})
+    store.ensure_writable(chosen.results)
+    state = _State(spec, chosen, datetime.now(timezone.utc))
+    state.run_id = records.new_run_id(spec.spec_hash(), state.started)
+    try:
+        _evaluate(state)
+    except KeyboardInterrupt:
+        stored = _store(state, "interrupted", "interrupted by the user or the scheduler")
+        raise Interrupted(f"Interrupted. Finished images are kept; continue with --resume. Record: {stored[1]}") from None
+    except Exception as error:
+        clear = _clear(error)
+        if state.shard is not None:  # before that nothing was computed, and there is nothing to keep
+            _, path = _store(state, "failed", str(clear))
+            clear.args = (f"{clear} Record of the failed run: {path}",)
+        if clear is error:
+            raise
+        raise clear from error
+    finally:
+        if state.shard is not None:
+            state.shard.close()
+    return _store(state, "ok", state.partial_reason)[0]
+
+
+def _clear(error: Exception) -> OvbenchError:
+    """The error as one for users: our own as they are, those from worker processes unwrapped, memory named."""
+    text = str(error)
+    if isinstance(error, OvbenchError):
+        if text.startswith("Caught "):  # torch puts a worker's whole traceback into the message
+            lines = text.strip().splitlines()
+            last = next((i for i in range(len(lines) - 1, -1, -1) if re.match(r"ovbench\.errors\.\w+: ", lines[i])), None)
+            if last is not None:
+                error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
+        return error
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+        return RunError(
+            f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; finished "
+            "images are kept, continue with --resume."
+        )
+    if "DataLoader worker" in text:
+        return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
+    lines = text.strip().splitlines()
+    return RunError(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}")
+
+
+def _evaluate(state: _State) -> None:
+    from ovbench import benchmarks
+    from ovbench.registry import method_info
+
+    spec, options = state.spec, state.options
+    method_info(spec.method)  # unknown names before any work
+    benchmark = benchmarks.get(spec.dataset)
+    root, synthetic = data_of(benchmark, spec, options)
+    if options.check:
+        from ovbench.benchmarks.check import quick_check
+
+        quick_check(spec.dataset, root)
+    state.fingerprint = benchmark.fingerprint(root)
+    words, wording_hash = words_of(benchmark, spec)
+
+    from ovbench.backbones.clip_weights import load_clip
+    from ovbench.model import OpenVocabModel, require_device
+    from ovbench.registry import method_class
+    from ovbench.text import sha256_of, templates
+
+    require_device(spec.device)
+    cls = method_class(spec.method)
+    config = cls.configure(spec.method_options)
+    template_list = templates(spec.protocol.templates)
+    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
+    method = cls(clip, config)
+    state.weights_sha256 = clip.weights_sha256
+    protocol = spec.protocol.model_copy(
+        update={"wording_sha256": wording_hash, "templates_sha256": sha256_of(template_list)}
+    )
+    state.spec = spec = spec.model_copy(
+        update={
+            "protocol": protocol,
+            "method_options": method.options(),
+            "arch": clip.arch,
+            "weights": Path(spec.weights).name if Path(spec.weights).is_file() else spec.weights,
+            "activation": clip.activation,
+            "weights_sha256": clip.weights_sha256,
+            "dataset_version": benchmark.version,
+            "demo": spec.demo or synthetic or spec.weights == "builtin",
+        }
+    )
+    options.on_message(f"{spec.method} on {spec.dataset}: {clip.arch}, {spec.weights}, {protocol.name} protocol")
+    model = OpenVocabModel(method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch)
+
+    from ovbench.evaluate.session import evaluate_images
+
+    evaluate_images(state, benchmark, root, model)
+
+
+def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:
+    """The data root, and whether its images are generated."""
+    from ovbench.benchmarks.synth import is_synthetic, synth
+
+    if spec.demo and options.data_root is None:
+        home = cache_dir() / "demo" / f"{benchmark.name}-v{benchmark.version}-{DEMO_IMAGES}"
+        return benchmark.resolve_root(synth(benchmark.name, home, images=DEMO_IMAGES, seed=DEMO_SEED)), True
+    if options.data_root is None:
+        raise UsageError(
+            f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try the "
+            "tool on generated scenes with --demo."
+        )
+    root = benchmark.resolve_root(options.data_root)
+    return root, is_synthetic(root)
+
+
+def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
+    """Words per class and their hash: a named wording of the benchmark, or a file with one class per line.
+
+    Raises:
+        UsageError: Unknown wording, or a file whose number of classes is not the benchmark's.
+    """
+    from ovbench.text import sha256_of
+
+    name = spec.protocol.wording
+    if name in benchmark.wordings:
+        return benchmark.words(name), benchmark.words_sha256(name)
+    path = Path(name).expanduser()
+    if not path.is_file() and spec.protocol.name in {"proxyclip", "clearclip"} and "wording" not in spec.protocol.overrides:
+        # these papers word only some benchmarks anew and share SCLIP's lists for the others
+        return benchmark.words("sclip"), benchmark.words_sha256("sclip")
+    if not path.is_file():
+        return benchmark.words(name), ""  # raises with the nearest names
+    words = read_classes(path)
+    if len(words) != benchmark.num_classes:
+        raise UsageError(
+            f"The class list '{path}' has {len(words)} classes, but {benchmark.name} has {benchmark.num_classes} "
+            f"(one line per class in label order{', background first' if benchmark.has_background else ''}): a longer or "
+            "shorter list would count the wrong classes."
+        )
+    return words, sha256_of(words)
+
+
+def read_classes(source: str | Path) -> list[list[str]]:
+    """Classes from a file: one class per line, synonyms after commas; empty lines and # comments are skipped.
+
+    Raises:
+        UsageError: No class in it.
+    """
+    from ovbench.model import class_words
+
+    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+    return class_words([line.split(",") for line in lines if line and not line.startswith("#")])
+
+
+def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
+    from ovbench.profile.environment import environment, git_state, package_versions
+
+    finished = datetime.now(timezone.utc)
+    metrics = state.metrics
+    if metrics is None and state.shard is not None and state.shard.done:
+        metrics = metrics_of(state)
+    spec = state.spec
+    record = records.RunRecord(
+        run_id=state.run_id,
+        spec=spec,
+        spec_hash=spec.spec_hash(),
+        metrics=metrics,
+        efficiency=state.efficiency,
+        environment=records.Environment(**environment(spec.device)),
+        provenance=records.Provenance(
+            **git_state(),
+            weights_sha256=state.weights_sha256,
+            dataset_fingerprint=state.fingerprint,
+            command=state.options.command or shlex.join(["python", *sys.argv[:1]]),
+            started=state.started,
+            finished=finished,
+            package_versions=package_versions(),
+        ),
+        status=status,  # type: ignore[arg-type]
+        partial=status != "ok" or state.partial_reason is not None,
+        demo=spec.demo,
+        reason=reason,
+    )
+    return record, store.write(record, state.options.results)
+
+
+def metrics_of(state: _State) -> records.Metrics:
+    """Scores from the areas in the run's shard file."""
+    from ovbench import benchmarks
+
+    total = state.shard.total()
+    return records.metrics_from_areas(
+        benchmarks.get(state.spec.dataset).class_names,
+        total.intersect.tolist(),
+        total.union.tolist(),
+        total.pred.tolist(),
+        total.label.tolist(),
+        images=len(state.shard.done),
+    )
+
+
+def default_workers(device: str) -> int:
+    """Reader processes: one beside a CPU that computes, up to 8 beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device == "cpu" and cores > 1 else min(8, cores - 1) if device != "cpu" else 0

@@ -1,0 +1,1 @@
+"""Pure tensor functions: windows, the decision from logits to labels, areas."""

@@ -1,0 +1,23 @@
+"""Where ovbench keeps files: the cache of derived data and the data files inside the package."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder of derived files that can be deleted at any time: ``$OVBENCH_CACHE`` or ``~/.cache/ovbench``."""
+    configured = os.environ.get("OVBENCH_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "ovbench"
+
+
+def config_dir() -> Path:
+    """The folder ``dataset_configs``: benchmark configs, word lists and protocol presets, in a checkout or a wheel."""
+    return Path(str(resources.files("ovbench.dataset_configs")))
+
+
+def methods_dir() -> Path:
+    """The folder ``methods``: one module per method, in a checkout or a wheel."""
+    return Path(str(resources.files("ovbench.methods")))

@@ -1,0 +1,191 @@
+"""What a run is: method, benchmark, protocol and precision, validated and hashed.
+
+Method, benchmark, protocol and machine are four separate things. Everything that can move a score is in
+:class:`RunSpec` and therefore in the record and in :meth:`RunSpec.spec_hash`; where files lie and how many workers read
+them is in :class:`RunOptions` and is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ovbench.errors import UsageError, unknown_name
+from ovbench.paths import config_dir
+
+Mode = Literal["slide", "whole"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Protocol(BaseModel):
+    """How images are resized, windowed and thresholded, and how classes are worded (specs: evaluation protocol)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="preset this block started from")
+    overrides: tuple[str, ...] = Field((), description="fields that the user set against the preset")
+    short_side: int = Field(336, ge=0, description="short side of the network input in pixels; 0 = image as it is")
+    long_side: int = Field(2048, ge=1, description="upper limit of the long side in pixels (ignored at short_side 0)")
+    mode: Mode = Field("slide", description="sliding window, or the whole image in one forward")
+    crop: int = Field(224, ge=1, description="side of a square window in pixels (mode slide)")
+    stride: int = Field(112, ge=1, description="step between windows in pixels (mode slide)")
+    patch_pad: Literal["none", "symmetric"] = Field(
+        "symmetric",
+        description="input that is no multiple of the patch size: drop the rest at the right and bottom, as plain "
+        "CLIP does, or pad with the mean colour on both sides and cut the logits back",
+    )
+    pos_interp: Literal["offset", "size"] = Field(
+        "offset", description="bicubic position embeddings by scale (h + 0.1)/g, as public numbers used, or to the size"
+    )
+    logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
+    prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")
+    area_thd: float | None = Field(
+        None, ge=0, le=1, description="a foreground class with at most this share of the predicted foreground is dropped"
+    )
+    area_rule: Literal["background", "next-best"] = Field(
+        "background",
+        description="where pixels of a dropped class go: to the background, or to the most probable class that is left "
+        "(what the public code does, in spite of its comment)",
+    )
+    wording: str = Field("sclip", description="named class word list of the benchmark")
+    wording_sha256: str | None = Field(None, description="hash of the words used; filled in by the run")
+    templates: str = Field("imagenet80", description="prompt templates: imagenet80, plain, or a file's name")
+    templates_sha256: str | None = Field(None, description="hash of the templates used; filled in by the run")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Protocol:
+        if self.mode == "slide" and self.stride > self.crop:
+            raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: pixels between windows would be lost")
+        return self
+
+
+@lru_cache(maxsize=1)
+def _presets() -> dict[str, dict[str, Any]]:
+    text = (config_dir() / "protocols.json").read_text(encoding="utf-8")
+    presets: dict[str, dict[str, Any]] = json.loads(text)
+    return presets
+
+
+def protocol_names() -> list[str]:
+    """The preset names; ``paper`` besides stands for each method's own."""
+    return list(_presets())
+
+
+def protocol_summary(name: str) -> str:
+    """One line that says whose setting a preset is."""
+    return str(_presets()[name]["summary"])
+
+
+def protocol(name: str, benchmark: str | None = None, *, method: str | None = None, **overrides: Any) -> Protocol:
+    """A preset for one benchmark with the user's overrides applied.
+
+    Args:
+        name: Preset, or ``"paper"`` for the preset of ``method``.
+        benchmark: Benchmark id; None gives the preset's defaults (used by ``predict``).
+        method: Method id, needed for ``"paper"``.
+        **overrides: Fields of :class:`Protocol`; None means "not set".
+
+    Raises:
+        UsageError: Unknown preset or an invalid value.
+    """
+    if name == "paper":
+        from ovbench.registry import method_info
+
+        if method is None:
+            raise UsageError("The protocol 'paper' is the method's own preset: name the method as well.")
+        name = method_info(method).protocol
+    presets = _presets()
+    if name not in presets:
+        raise unknown_name("protocol", name, [*presets, "paper"], "ovbench list protocols")
+    fields: dict[str, Any] = {**presets[name]["defaults"], **presets[name]["benchmarks"].get(benchmark, {})}
+    before = Protocol(name=name, **fields)
+    changed = {key: value for key, value in overrides.items() if value is not None}
+    known = set(Protocol.model_fields) - {"name", "overrides"}
+    for key in changed:
+        if key not in known:
+            raise unknown_name("protocol field", key, known, "ovbench run --help")
+    moved = tuple(sorted(key for key, value in changed.items() if getattr(before, key) != value))
+    return validated(Protocol, {**fields, **changed, "name": name, "overrides": moved})
+
+
+class RunSpec(BaseModel):
+    """Everything that can move a number of one run.
+
+    ``protocol`` may be given as a preset's name or as a dict with ``name`` and overrides; it is stored in full.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field(description="method id")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="every field of the method's config")
+    dataset: str = Field(description="benchmark id")
+    dataset_version: int = Field(1, description="version of the benchmark definition")
+    protocol: Protocol
+    mode: Mode = Field("slide", description="same as protocol.mode")
+    arch: str | None = Field(None, description="open_clip architecture; None until read from an OpenAI-format file")
+    weights: str = Field(
+        "openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name"
+    )
+    dtype: DType = Field("float32", description="precision of the network; softmax and accumulation stay float32")
+    device: str = Field("cpu", description="cpu or cuda (index left out)")
+    weights_sha256: str | None = Field(None, description="hash of the weights used; filled in by the run")
+    activation: Literal["auto", "gelu", "quickgelu"] = Field(
+        "auto", description="activation of the towers; auto is replaced by what the weights say"
+    )
+    window_batch: int | None = Field(None, ge=1, description="windows per forward, tail padded; None = all of a batch")
+    limit: int | None = Field(None, ge=1, description="only the first N images (marks the run partial)")
+    seed: int = Field(0, description="seed of random weights")
+    demo: bool = Field(
+        False, description="built-in CLIP or generated scenes: a check of the pipeline, no evidence about methods"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "method" not in data or "dataset" not in data:
+            return data
+        data = dict(data)
+        given = data.get("protocol", "paper")
+        if isinstance(given, str):
+            data["protocol"] = protocol(given, data["dataset"], method=data["method"])
+        elif isinstance(given, dict) and "overrides" not in given:
+            overrides = {key: value for key, value in given.items() if key != "name"}
+            data["protocol"] = protocol(given.get("name", "paper"), data["dataset"], method=data["method"], **overrides)
+        resolved = data["protocol"]
+        if "mode" not in data:
+            data["mode"] = resolved.mode if isinstance(resolved, Protocol) else resolved["mode"]
+        return data
+
+    @field_validator("device")
+    @classmethod
+    def _device_kind(cls, value: str) -> str:
+        return value.split(":")[0]
+
+    @model_validator(mode="after")
+    def _one_mode(self) -> RunSpec:
+        if self.mode != self.protocol.mode:
+            raise ValueError(f"mode is '{self.mode}' but protocol.mode is '{self.protocol.mode}': set it in protocol")
+        return self
+
+    def spec_hash(self) -> str:
+        """sha256 over the canonical JSON of all fields: equal hashes are the same run."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def validated(model: type[Any], fields: dict[str, Any]) -> Any:
+    """An instance of a pydantic model, its complaints turned into one clear ``UsageError``."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            where = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-") if item["loc"] else "spec"
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})")
+        raise UsageError("; ".join(lines)) from None

@@ -1,0 +1,145 @@
+"""mmseg's own dataset classes and metric read what we describe, label for label."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovbench import benchmarks
+from ovbench.benchmarks.config import read_config
+from ovbench.benchmarks.synth import synth
+from ovbench.errors import DataError
+from ovbench.paths import config_dir
+
+EIGHT = benchmarks.names()
+IMAGES = 4
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    """``readers.build``, imported late: mmseg takes seconds."""
+    from ovbench.benchmarks import readers
+
+    return readers.build
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated copies of all benchmarks, each in a folder of its name."""
+    out = tmp_path_factory.mktemp("copies")
+    for name in EIGHT:
+        synth(name, out / name, images=IMAGES)
+    return out
+
+
+def _shared_data() -> Path:
+    shared = Path(os.environ.get("OVBENCH_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (shared / "data" / "voc2012").is_dir():
+        pytest.skip(f"no real images in {shared}")
+    return shared / "data"
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_dataset_reads_the_same_pairs_and_labels(name: str, copies: Path, build: Any) -> None:
+    benchmark = benchmarks.get(name)
+    pairs = benchmark.pairs(copies)
+    dataset = build(benchmark, copies, short_side=100, long_side=120)
+    assert len(dataset) == len(pairs) == IMAGES
+    assert dataset.label_map is None
+    assert [label.strip() for label in dataset.metainfo["classes"]] == list(benchmark.class_names)
+    assert dataset.reduce_zero_label is benchmark.reduce_zero_label
+    for pair, packed in zip(pairs, dataset, strict=True):
+        sample = packed["data_samples"]
+        assert (sample.img_path, sample.seg_map_path) == (str(pair.image), str(pair.label))
+        with Image.open(pair.label) as label:
+            raw = np.array(label)
+        truth = sample.gt_sem_seg.data[0].numpy()
+        assert np.array_equal(benchmark.to_train_ids(raw), truth)
+        assert np.array_equal(benchmark.load_label(pair.label), truth)
+        assert sample.ori_shape == truth.shape == raw.shape
+        height, width = sample.img_shape
+        assert packed["inputs"].shape == (3, height, width)
+        assert min(height, width) <= 100 and max(height, width) <= 120
+        assert abs(height / width - truth.shape[0] / truth.shape[1]) < 0.03
+        assert sample.reduce_zero_label is benchmark.reduce_zero_label
+
+
+def test_short_side_zero_leaves_the_image_as_it_is(copies: Path, build: Any) -> None:
+    packed = build(benchmarks.get("ade20k"), copies)[2]
+    assert packed["data_samples"].img_shape == packed["data_samples"].ori_shape == (448, 336)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_annotations_rule_is_ours_for_all_256_values(name: str, tmp_path: Path, build: Any) -> None:
+    """``LoadAnnotations`` as the dataset's own pipeline has it, on a label with every value in it."""
+    benchmark = benchmarks.get(name)
+    root = synth(name, tmp_path, images=1)
+    pair = benchmark.pairs(root)[0]
+    raw = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(raw).save(pair.label)
+    loaded = build(benchmark, root)[0]["data_samples"].gt_sem_seg.data[0].numpy()
+    assert np.array_equal(benchmark.to_train_ids(raw), loaded)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_metric_of_mmseg_knows_the_classes(name: str, copies: Path, build: Any) -> None:
+    """The truth as prediction overlaps fully in every class that occurs, and no other class is counted."""
+    import torch
+    from mmengine.structures import PixelData
+    from mmseg.evaluation import IoUMetric
+
+    benchmark = benchmarks.get(name)
+    dataset = build(benchmark, copies)
+    metric = IoUMetric(iou_metrics=["mIoU"])
+    metric.dataset_meta = dataset.metainfo
+    present: set[int] = set()
+    for index in range(2):
+        sample = dataset[index]["data_samples"]
+        truth = sample.gt_sem_seg.data
+        present |= set(torch.unique(truth).tolist()) - {255}
+        sample.pred_sem_seg = PixelData(data=torch.where(truth == 255, 0, truth))
+        metric.process({}, [sample.to_dict()])
+    intersect, union = (sum(result[i] for result in metric.results) for i in range(2))
+    assert len(intersect) == benchmark.num_classes
+    assert torch.equal(intersect, union)
+    assert {int(i) for i in torch.nonzero(union)} == present
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_mmengine_reads_the_same_config(name: str) -> None:
+    from mmengine.config import Config
+
+    path = config_dir() / f"{name}.py"
+    assert Config.fromfile(path).to_dict() == read_config(path)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_incomplete_data_is_a_clear_error_before_mmseg_asserts(name: str, tmp_path: Path, build: Any) -> None:
+    benchmark = benchmarks.get(name)
+    with pytest.raises(DataError, match=f"No {name} data"):
+        build(benchmark, tmp_path)
+    root = synth(name, tmp_path / "copy", images=2)
+    benchmark.pairs(root)[1].label.unlink()
+    with pytest.raises(DataError, match=r"1 of 2 label files are missing"):
+        build(benchmark, root)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("voc21", 100), ("voc20", 100), ("coco_object", 80), ("coco_stuff", 8), ("ade20k", 9)]
+)
+def test_real_files_read_as_mmseg_reads_them(name: str, count: int, build: Any) -> None:
+    data = _shared_data()
+    benchmark = benchmarks.get(name)
+    pairs = benchmark.pairs(data)
+    dataset = build(benchmark, data, short_side=336)
+    assert len(dataset) == len(pairs) == count
+    for index in range(0, count, max(1, count // 5)):
+        sample = dataset[index]["data_samples"]
+        assert sample.img_path == str(pairs[index].image)
+        assert np.array_equal(benchmark.load_label(pairs[index].label), sample.gt_sem_seg.data[0].numpy())
+        assert min(sample.img_shape) == 336
