@@ -7,7 +7,6 @@ them is in :class:`RunOptions` and is not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ovbench.errors import UsageError, unknown_name
+from ovbench.hashing import sha256_of
 from ovbench.paths import config_dir
 
 Mode = Literal["slide", "whole"]
@@ -173,8 +173,7 @@ class RunSpec(BaseModel):
 
     def spec_hash(self) -> str:
         """sha256 over the canonical JSON of all fields: equal hashes are the same run."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256_of(self.model_dump(mode="json"))
 
 
 def validated(model: type[Any], fields: dict[str, Any]) -> Any:

@@ -6,8 +6,6 @@ normalised again (CLIP's zero-shot recipe).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
+from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir
 
 PROMPTS_PER_BATCH = 256  # fixed, so that an embedding never depends on free memory
@@ -48,11 +47,6 @@ def templates(name: str) -> list[str]:
     if bad is not None or not lines:
         raise UsageError(f"Templates in '{name}': every line needs exactly one '{{}}' for the word; got {bad!r}.")
     return lines
-
-
-def sha256_of(content: Any) -> str:
-    """sha256 over the canonical JSON of a value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def embed_words(clip: DenseCLIP, words: Sequence[str], prompt_templates: Sequence[str]) -> Tensor:

@@ -119,7 +119,8 @@ def make_record() -> Callable[..., Any]:
     ) -> RunRecord:
         clock[0] += timedelta(minutes=1)
         label = (60, 40)
-        pred = tuple(inter + 60 - own for inter, own in zip(intersect, intersect, strict=True))
+        wrong = [known - inter for known, inter in zip(label, intersect, strict=True)]
+        pred = (intersect[0] + wrong[1], intersect[1] + wrong[0])
         union = tuple(p + q - inter for p, q, inter in zip(pred, label, intersect, strict=True))
         run_spec = RunSpec(**{"method": method, "dataset": dataset, "weights": "openai", **(spec or {})})
         samples = (10.0, 11.0, 12.0)

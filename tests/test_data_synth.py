@@ -150,10 +150,6 @@ def test_same_arguments_same_files_other_seed_other_files(tmp_path: Path) -> Non
     assert all(first[name] != third[name] for name in first if name.endswith((".jpg", ".png")))
 
 
-def test_a_longer_copy_starts_like_a_shorter_one_only_in_names(tmp_path: Path) -> None:
-    assert len(benchmarks.get("ade20k").pairs(synth("ade20k", tmp_path, images=3))) == 3
-
-
 def test_seeds_are_held_out_from_training() -> None:
     from ovbench.builtin.scenes import TRAINING_SEEDS
 

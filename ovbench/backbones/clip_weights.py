@@ -7,6 +7,7 @@ architecture names its own. A wrong one costs points without any error, so it is
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, WeightsError, unknown_name
+from ovbench.hashing import sha256_of_file
 
 # OpenAI's mean and deviation on RGB 0..255 as every public training-free configuration rounds them
 OPENAI_MEAN = (122.771, 116.746, 104.094)
@@ -48,7 +50,7 @@ def load_clip(
             raise UsageError("--weights builtin has an architecture of its own: leave --arch away.")
         from ovbench.builtin.weights import load_state_dict, weights_path
 
-        dense = _from_openai_format(load_state_dict(), "builtin", _sha256(weights_path()), arch="builtin-ViT-12x128")
+        dense = _from_openai_format(load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128")
     elif weights == "random":
         dense = _random(arch or DEFAULT_ARCH, seed, activation)
     elif weights.startswith("hf-hub:"):
@@ -72,6 +74,11 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise WeightsError(f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'.")
+    if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        raise WeightsError(
+            f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use '--pretrained openai', "
+            "or save its state_dict() as .safetensors once and give that file."
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -79,13 +86,10 @@ def read_state_dict(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
-        hint = "It must be a .safetensors file or a state dict saved by torch.save."
-        if "TorchScript" in str(error) or "weights_only" in str(error).lower() and "constants.pkl" in str(error):
-            hint = (
-                "It is a TorchScript archive (OpenAI's original download), which holds code. Use '--pretrained openai', "
-                "or save its state_dict() as .safetensors once and give that file."
-            )
-        raise WeightsError(f"Cannot read weights from '{path}': {str(error).splitlines()[0]} {hint}") from error
+        raise WeightsError(
+            f"Cannot read weights from '{path}': {str(error).splitlines()[0]} It must be a .safetensors file or a state dict "
+            "saved by torch.save."
+        ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
     state = dict(content)
@@ -98,7 +102,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
 
 def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLIP:
     state = read_state_dict(path)
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     if arch is None:
         return _from_openai_format(state, str(path), digest, activation=activation)
     config = _arch_config(arch)
@@ -202,7 +206,7 @@ def _from_tag(arch: str, tag: str) -> DenseCLIP:
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
     except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
         raise _download_error(f"'{tag}' for {arch}", error) from error
-    return _wrap(model, arch, tag, _sha256(path), quick)
+    return _wrap(model, arch, tag, sha256_of_file(path), quick)
 
 
 def _from_hub(name: str) -> DenseCLIP:
@@ -218,7 +222,7 @@ def _from_hub(name: str) -> DenseCLIP:
     except Exception as error:
         raise _download_error(f"'{name}'", error) from error
     tokenizer = open_clip.get_tokenizer(name)
-    return _wrap(model, name, name, _sha256(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer)
+    return _wrap(model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer)
 
 
 def _download_error(what: str, error: Exception) -> WeightsError:
@@ -305,11 +309,3 @@ def _wrap(
         mean=mean,
         std=std,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from ovbench.benchmarks.config import Words
 from ovbench.benchmarks.labels import IGNORE_INDEX, UInt8, decode_label, id_ranges, index_label, train_id_table
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
 from ovbench.errors import DataError, unknown_name
+from ovbench.hashing import sha256_of
 
 # What PackSegInputs hands on; the first five are what evaluation needs to name files and undo the resizing.
 META_KEYS = ("img_path", "seg_map_path", "ori_shape", "img_shape", "scale_factor", "reduce_zero_label")
@@ -106,8 +106,7 @@ class Benchmark:
 
     def words_sha256(self, wording: str) -> str:
         """The hash of a word list (hex): equal for equal words in equal order, whatever the list is called."""
-        text = json.dumps(self.words(wording), ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+        return sha256_of(self.words(wording))
 
     def resolve_root(self, path: Path | str) -> Path:
         """The data root at ``path``, in a customary folder below it, or just above it.

@@ -1,9 +1,9 @@
 """What each class of the generated scenes looks like: a frozen table, and the rule that adds a name to it.
 
-``appearances.json`` holds one entry per appearance: the words that share it (synonyms across benchmarks), stuff or thing,
-base and accent colour, pattern and frequency, outline. The table is data: ``python -m ovbench.builtin.appearances --add
-WORD`` appends an entry that is as far as possible from all others and changes nothing else. The built-in CLIP knows only
-the words that were in the table when it was trained.
+``appearances.json`` holds one entry per appearance: the words that share it (synonyms across benchmarks), stuff or
+thing, base and accent colour, pattern and frequency, outline. The table is data: ``python -m
+ovbench.builtin.appearances --add WORD`` appends an entry that is as far as possible from all others and changes nothing
+else. The built-in CLIP knows only the words that were in the table when it was trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +87,20 @@ def index() -> dict[str, int]:
     return {word: i for i, entry in enumerate(table()) for word in entry.words}
 
 
+def digest(keys: Iterable[str]) -> str:
+    """SHA-256 of the looks with these keys: unchanged as long as the scenes are those that weights were trained on."""
+    wanted = set(keys)
+    rows = [{**asdict(entry), "words": entry.key} for entry in table() if entry.key in wanted]
+    rows.sort(key=lambda row: str(row["words"]))
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 def normalise(word: str) -> str:
     """Lower case, single spaces: how words are looked up."""
     return " ".join(word.lower().replace("_", " ").split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile(position: int) -> NDArray[np.uint8]:
     """The texture of one table entry, (128, 128, 3) uint8."""
     entry = table()[position]
@@ -166,7 +174,8 @@ def propose(
         candidates -= 1
         if hsv is None:
             # Regions fill the picture, so they stay calmer than things.
-            hue, saturation, value = rng.uniform(0, 1), rng.uniform(0.06, 0.5 if stuff else 0.72), rng.uniform(0.3, 0.96)
+            hue, saturation = rng.uniform(0, 1), rng.uniform(0.06, 0.5 if stuff else 0.72)
+            value = rng.uniform(0.3, 0.96)
         else:
             hue = hsv[0] / 360 + rng.uniform(-0.03, 0.03)
             saturation, value = hsv[1] + rng.uniform(-0.12, 0.12), hsv[2] + rng.uniform(-0.12, 0.12)

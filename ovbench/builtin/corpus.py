@@ -20,7 +20,7 @@ PATCH = 16
 MEAN = (122.771, 116.746, 104.094)
 STD = (68.501, 66.632, 70.323)
 # Side in pixels -> images per batch and share of the steps: about the same number of tokens in each.
-SIDES: dict[int, tuple[int, float]] = {112: (96, 0.6), 160: (48, 0.15), 224: (24, 0.25)}
+SIDES: dict[int, tuple[int, float]] = {112: (96, 0.5), 160: (48, 0.1), 224: (24, 0.4)}
 GROUP = 8  # images that share one resizing
 
 
@@ -138,10 +138,11 @@ class Prompts:
 
     def classes(self, rng: np.random.Generator) -> list[str]:
         """One prompt per look: a random synonym in a random template."""
-        return [
-            self.templates[int(rng.integers(len(self.templates)))].replace("{}", str(words[int(rng.integers(len(words)))]))
-            for words in self.words
-        ]
+        texts = []
+        for words in self.words:
+            template = self.templates[int(rng.integers(len(self.templates)))]
+            texts.append(template.replace("{}", words[int(rng.integers(len(words)))]))
+        return texts
 
     def captions(self, rng: np.random.Generator, shares: Tensor) -> list[str]:
         """A caption per image that names some of the looks covering >= 3 % of it; ``shares`` is (B, N, K)."""
@@ -149,6 +150,7 @@ class Prompts:
         for row in shares.mean(1).numpy():
             seen = rng.permutation(np.nonzero(row >= min(0.03, row.max()))[0])
             seen = seen[: int(rng.integers(1, min(6, len(seen)) + 1))]
-            names = [str(self.words[k][int(rng.integers(len(self.words[k])))]) for k in seen]
-            texts.append(f"a photo of {', '.join(names[:-1])} and {names[-1]}." if len(names) > 1 else f"a photo of {names[0]}.")
+            names = [self.words[k][int(rng.integers(len(self.words[k])))] for k in seen]
+            listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+            texts.append(f"a photo of {listed}.")
         return texts

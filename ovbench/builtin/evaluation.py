@@ -97,7 +97,14 @@ def dense_logits(model: Any, image: Tensor, text: Tensor, dense: list[Dense]) ->
     return [total / seen for total in totals]
 
 
-def miou(model: Any, benchmark: str, words: list[list[str]], images: int, background: bool) -> dict[str, float]:
+def miou(
+    model: Any,
+    benchmark: str,
+    words: list[list[str]],
+    images: int,
+    background: bool,
+    queries: list[list[str]] | None = None,
+) -> dict[str, float]:
     """Percent per read-out over classes that occur or are predicted.
 
     Args:
@@ -106,19 +113,20 @@ def miou(model: Any, benchmark: str, words: list[list[str]], images: int, backgr
         words: Per class its words.
         images: Number of scenes.
         background: Whether class 0 takes pixels below the threshold.
+        queries: Words to ask for in place of those that are drawn, to see what a wrong class list does.
     """
     (height, width), short, scale, threshold = SETTINGS[benchmark]
-    flat = [word for group in words for word in group]
-    owner = torch.tensor([k for k, group in enumerate(words) for _ in group])
+    asked = words if queries is None else queries
+    text = word_embeddings(model, [word for group in asked for word in group])
+    owner = torch.tensor([k for k, group in enumerate(asked) for _ in group])
     # A look that two classes share (bed in coco_object) is drawn for the first only, as predictions take the first.
     drawn: dict[str, int] = {}
     owners: dict[str, int] = {}
-    for word, k in zip(flat, owner.tolist(), strict=True):
-        key = appearance_key(word) or word
-        if owners.setdefault(key, k) == k:
-            drawn.setdefault(word, k)
+    for k, group in enumerate(words):
+        for word in group:
+            if owners.setdefault(appearance_key(word) or word, k) == k:
+                drawn.setdefault(word, k)
     names = list(drawn)
-    text = word_embeddings(model, flat)
     confusion = {name: np.zeros((len(words), len(words)), np.int64) for name in READOUTS}
     for i in range(images):
         include = [names[(i * 5 + j) % len(names)] for j in range(5)]

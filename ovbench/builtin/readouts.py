@@ -77,7 +77,10 @@ def project(visual: Any, x: Tensor) -> Tensor:
 
 
 def value_only(visual: Any, x: Tensor) -> Tensor:
-    """Tokens ``x`` (B, T, D) through the last block's value and output projections alone: no attention, residual, MLP."""
+    """Tokens ``x`` (B, T, D) through the last block's value and output projections alone.
+
+    No attention, no residual, no MLP.
+    """
     block = visual.transformer.resblocks[-1]
     return _merge(block, _split(block, block.ln_1(x))[2])
 

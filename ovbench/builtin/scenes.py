@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ovbench.builtin.appearances import Appearance, index, normalise, table, tile
+from ovbench.builtin.appearances import index, normalise, table, tile
 from ovbench.builtin.silhouettes import INSIDE, RIM, mask
 from ovbench.builtin.silhouettes import SIDE as MASK_SIDE
 from ovbench.builtin.textures import SIDE as TEXTURE_SIDE
@@ -130,10 +130,9 @@ def _surface(rng: np.random.Generator, position: int, y: Floats, x: Floats, vari
     return coloured
 
 
-def _thing(
-    rng: np.random.Generator, entry: Appearance, position: int, image: Floats, label: Labels, word: int, variety: Variety
-) -> None:
+def _thing(rng: np.random.Generator, position: int, image: Floats, label: Labels, word: int, variety: Variety) -> None:
     """Draws one thing over ``image`` and ``label``, in place."""
+    entry = table()[position]
     height, width = label.shape
     side = min(height, width)
     size = _uniform(rng, *variety.thing) * side
@@ -237,7 +236,7 @@ def render(
         image[rows, columns] = _surface(rng, position, rows.astype(np.float32), columns.astype(np.float32), variety)
         label[rows, columns] = word_of(position)
     for position in reversed(drawn):  # what must be included is drawn last, on top
-        _thing(rng, entries[position], position, image, label, word_of(position), variety)
+        _thing(rng, position, image, label, word_of(position), variety)
 
     lean_y, lean_x = _uniform(rng, -0.1, 0.1), _uniform(rng, -0.1, 0.1)
     light = (

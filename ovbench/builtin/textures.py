@@ -1,12 +1,13 @@
 """Tileable two-colour textures: fifteen patterns that stay recognisable when an image is resized by 0.75 to 1.7.
 
-A texture is a pure function of (pattern, frequency, base, accent, seed). It covers 64 x 64 image pixels at scale one and
-is stored at twice that resolution, so that a nearest-neighbour gather under rotation and enlargement stays smooth.
+A texture is a pure function of (pattern, frequency, base, accent, seed). It covers 64 x 64 image pixels at scale one
+and is stored at twice that resolution, so that a nearest-neighbour gather under rotation and enlargement stays smooth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,14 @@ _U, _V = np.meshgrid(_AXIS, _AXIS)  # u to the right, v down; both (SIDE, SIDE) 
 _TAU = np.float32(2 * np.pi)
 
 
-def _soft(x: Floats, gain: float = 1.6) -> Floats:
+def _soft(x: NDArray[np.floating[Any]], gain: float = 1.6) -> Floats:
     """0..1: ``x`` around zero turned into a mask with soft edges."""
-    return np.clip(0.5 + gain * x, 0.0, 1.0).astype(np.float32)
+    on: Floats = np.clip(0.5 + gain * x, 0.0, 1.0).astype(np.float32)
+    return on
 
 
 def _wave_sum(low: int, high: int, seed: int, stretch: tuple[int, int] = (1, 1), terms: int = 14) -> Floats:
-    """Zero-mean unit-variance tileable noise: cosines with whole frequencies, ``stretch`` scales them per axis (u, v)."""
+    """Zero-mean unit-variance tileable noise: cosines with whole frequencies, scaled per axis (u, v) by ``stretch``."""
     rng = np.random.Generator(np.random.PCG64(seed))
     total = np.zeros_like(_U)
     for _ in range(terms):
@@ -151,4 +153,5 @@ def texture(
     low, high = np.array(base, np.float32), np.array(accent, np.float32)
     colour = low + (high - low) * on
     grain = 1.0 + 0.035 * _wave_sum(8, 16, seed + 1, terms=10)
-    return np.clip(colour * grain[..., None] + 0.5, 0, 255).astype(np.uint8)
+    tile: NDArray[np.uint8] = np.clip(colour * grain[..., None] + 0.5, 0, 255).astype(np.uint8)
+    return tile

@@ -1,6 +1,7 @@
 """Trains the built-in CLIP: ``python -m ovbench.builtin.train --out DIR`` (about an hour on two CPU cores).
 
-A batch is 96 scenes of 112 px (or 48 of 160, 24 of 224), prompts are the benchmarks' words in random ImageNet templates.
+A batch is 96 scenes of 112 px (or 48 of 160, 24 of 224); prompts are the benchmarks' words in random ImageNet
+templates.
 The loss, all cosines times a fixed scale of 40 (so that probabilities at an evaluation's scale of 40 to 55 are sharp):
 
 - image level: CLS against captions of some of the visible classes (both ways), and against all class prompts with every
@@ -84,8 +85,8 @@ def losses(model: Any, batch: Batch, prompts: Prompts, seed: int, ramp: float) -
         rule = ("kk", "kk", "qq", "qqkk")[int(rng.integers(4))]
         heads = {
             "value": (1.0, readouts.value_only(visual, deep[:, 1:])),
-            "self": (0.7, readouts.self_self(visual, deep[:, 1:], rule) + added * deep[:, :1]),
-            "sc": (1.0, readouts.sc(visual, feats)),
+            "self": (0.6, readouts.self_self(visual, deep[:, 1:], rule) + added * deep[:, :1]),
+            "sc": (1.5, readouts.sc(visual, feats)),
             "deeper": (0.3, readouts.value_only(visual, feats[int(rng.integers(5, 10))][:, 1:])),
             "vanilla": (VANILLA_WEIGHT, feats[-1][:, 1:]),
         }
@@ -142,7 +143,16 @@ def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
 
 
-def train(out: Path, steps: int, minutes: float, seed: int, peak: float, cooldown: int, threads: int) -> Path:
+def train(
+    out: Path,
+    steps: int,
+    minutes: float,
+    seed: int,
+    peak: float,
+    cooldown: int,
+    threads: int,
+    cool_at: int | None = None,
+) -> Path:
     """Trains or resumes, returns the checkpoint's path.
 
     Args:
@@ -153,6 +163,7 @@ def train(out: Path, steps: int, minutes: float, seed: int, peak: float, cooldow
         peak: Highest learning rate.
         cooldown: Steps of an early end.
         threads: CPU threads for the network; one more process draws the scenes.
+        cool_at: Step at which the cool-down starts, to repeat a run that ended early.
     """
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -204,7 +215,7 @@ def train(out: Path, steps: int, minutes: float, seed: int, peak: float, cooldow
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
         for batch in loader:
             step = batch.step
-            if stop or (minutes and spent + time.monotonic() - began > 60 * minutes):
+            if stop or step == cool_at or (minutes and spent + time.monotonic() - began > 60 * minutes):
                 schedule.cool(step)
             if step >= schedule.end():
                 break
@@ -214,7 +225,7 @@ def train(out: Path, steps: int, minutes: float, seed: int, peak: float, cooldow
             terms = losses(model, batch, prompts, seed, ramp=min(1.0, max(0.0, step / steps - 0.03) / 0.2))
             total = torch.stack(list(terms.values())).sum()
             optimiser.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             for name, term in [*terms.items(), ("total", total)]:
@@ -240,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8000, help="length of the schedule")
     parser.add_argument("--minutes", type=float, default=0.0, help="start the cool-down after this time")
     parser.add_argument("--cooldown", type=int, default=600, help="steps of an early end")
+    parser.add_argument("--cool-at", type=int, metavar="STEP", help="start the cool-down at this step")
     parser.add_argument("--seed", type=int, default=7, help="0 to 255")
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -258,7 +270,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--out is needed to train or export")
     if options.export is None:
         train(
-            options.out, options.steps, options.minutes, options.seed, options.lr, options.cooldown, options.threads
+            options.out,
+            options.steps,
+            options.minutes,
+            options.seed,
+            options.lr,
+            options.cooldown,
+            options.threads,
+            options.cool_at,
         )
     else:
         from ovbench.builtin.weights import export

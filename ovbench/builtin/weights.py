@@ -1,8 +1,8 @@
 """The built-in CLIP's weights: 12 transformer blocks of 128, really trained on generated scenes (see ``train``).
 
 For trying the suite and for end-to-end tests where no real weights can be had. Every word it knows was trained, on the
-same generator as the demo's scenes: its scores are a check of the pipeline and no evidence about open-vocabulary ability
-or about the ranking of methods. On photographs it is meaningless.
+same generator as the demo's scenes: its scores are a check of the pipeline and no evidence about open-vocabulary
+ability or about the ranking of methods. On photographs it is meaningless.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovbench.builtin.appearances import digest, table
 from ovbench.errors import WeightsError
 
 VOCABULARY = 49408
@@ -30,7 +31,7 @@ def weights_path() -> Path:
 
 
 def metadata(path: Path | None = None) -> dict[str, str]:
-    """How the file was made: seed, steps, loss, seconds, date, command."""
+    """How the file was made: seed, steps, loss, seconds, date, command, and the looks it was trained on."""
     with safe_open(str(_existing(path)), framework="pt") as file:
         return dict(file.metadata() or {})
 
@@ -48,8 +49,8 @@ def _existing(path: Path | None) -> Path:
 def load_state_dict(path: Path | None = None) -> dict[str, Tensor]:
     """A complete state dict in OpenAI's CLIP layout, float32.
 
-    The file holds only the token rows that were trained; the others of the 49408 are small fixed noise, so that an unknown
-    word gives a finite, meaningless embedding.
+    The file holds only the token rows that were trained; the others of the 49408 are small fixed noise, so that an
+    unknown word gives a finite, meaningless embedding.
 
     Raises:
         WeightsError: The file is missing or not one of ours.
@@ -64,8 +65,8 @@ def load_state_dict(path: Path | None = None) -> dict[str, Tensor]:
     rows = state.pop(_ROWS).long()
     trained = state[_TABLE].float()
     state = {name: tensor.float() for name, tensor in state.items()}
-    noise = np.random.Generator(np.random.PCG64(_FILLER_SEED)).standard_normal((VOCABULARY, trained.shape[1]), np.float32)
-    full = torch.from_numpy(noise * np.float32(0.02))
+    filler = np.random.Generator(np.random.PCG64(_FILLER_SEED))
+    full = torch.from_numpy(filler.standard_normal((VOCABULARY, trained.shape[1]), np.float32) * np.float32(0.02))
     full[rows] = trained
     state[_TABLE] = full
     return state
@@ -80,12 +81,16 @@ def export(checkpoint: Path, path: Path) -> Path:
         f"python -m ovbench.builtin.train --out RUN --seed {saved['seed']} --steps {saved['schedule_steps']} "
         f"--lr {saved['peak']}"
     )
+    if saved["cooling"] is not None:
+        command += f" --cool-at {saved['cooling']} --cooldown {saved['step'] - saved['cooling']}"
+    keys = [entry.key for entry in table()]
     facts = {
         "format": "ovbench-builtin-clip 1",
         "seed": str(saved["seed"]),
         "steps": str(saved["step"]),
         "schedule_steps": str(saved["schedule_steps"]),
-        "cooldown_from": str(saved["cooling"]),
+        "looks": json.dumps(keys),
+        "looks_sha256": digest(keys),
         "seconds": str(round(saved["seconds"])),
         "loss": json.dumps({name: round(value, 4) for name, value in saved["loss"].items()}),
         "date": datetime.now(timezone.utc).date().isoformat(),

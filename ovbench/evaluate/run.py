@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import Interrupted, OvbenchError, RunError, UsageError
+from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir
 from ovbench.results import record as records
 from ovbench.results import store
@@ -154,7 +155,7 @@ def _evaluate(state: _State) -> None:
     from ovbench.backbones.clip_weights import load_clip
     from ovbench.model import OpenVocabModel, require_device
     from ovbench.registry import method_class
-    from ovbench.text import sha256_of, templates
+    from ovbench.text import templates
 
     require_device(spec.device)
     cls = method_class(spec.method)
@@ -208,15 +209,10 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
     Raises:
         UsageError: Unknown wording, or a file whose number of classes is not the benchmark's.
     """
-    from ovbench.text import sha256_of
-
     name = spec.protocol.wording
     if name in benchmark.wordings:
         return benchmark.words(name), benchmark.words_sha256(name)
     path = Path(name).expanduser()
-    if not path.is_file() and spec.protocol.name in {"proxyclip", "clearclip"} and "wording" not in spec.protocol.overrides:
-        # these papers word only some benchmarks anew and share SCLIP's lists for the others
-        return benchmark.words("sclip"), benchmark.words_sha256("sclip")
     if not path.is_file():
         return benchmark.words(name), ""  # raises with the nearest names
     words = read_classes(path)

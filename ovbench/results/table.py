@@ -79,7 +79,7 @@ _KINDS = {
 }
 
 # Settings that unlike rows never share: they tell rows apart only where the setting named here is equal.
-_WITHIN = {"options": "method", "weights_sha256": "weights"}
+_WITHIN = {"options": "method", "weights_sha256": "weights", "activation": "arch"}
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,7 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "weights": spec.weights,
         "weights_sha256": (record.provenance.weights_sha256 or "")[:8],
         "arch": spec.arch or "",
+        "activation": spec.activation,
         "dtype": spec.dtype,
         "device": spec.device,
         "window_batch": "" if spec.window_batch is None else str(spec.window_batch),
@@ -312,7 +313,8 @@ def _kind(record: RunRecord) -> tuple[str, ...]:
         "demo": record.demo,
         "builtin-weights": record.spec.weights == "builtin" and not record.demo,
         "random-weights": record.spec.weights == "random",
-        "partial": record.partial,
+        # Generated copies never have a benchmark's number of images: "demo" says enough.
+        "partial": record.partial and not record.demo,
     }
     return tuple(name for name in _KINDS if holds[name])
 

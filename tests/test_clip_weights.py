@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from ovbench.backbones.clip_weights import load_clip, openai_config
+from ovbench.errors import UsageError, WeightsError
+from ovbench.hashing import sha256_of_file
+from safetensors.torch import save_file
+from tiny_clip import save_tiny, tiny_state
+
+
+def test_openai_format_loads_by_itself(tmp_path: Path) -> None:
+    clip = load_clip(str(save_tiny(tmp_path / "tiny.safetensors")))
+    assert (clip.depth, clip.heads, clip.width, clip.embed_dim, clip.patch) == (12, 1, 64, 32, 16)
+    assert clip.activation == "quickgelu"
+    assert type(clip.blocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert clip.image_size == (224, 224)
+    assert len(clip.weights_sha256) == 64
+    assert not any(p.requires_grad for p in clip.parameters())
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_pt_files_with_openais_extras_and_fp16(tmp_path: Path, wrapper: str | None) -> None:
+    state: dict[str, Any] = {key: value.half() for key, value in tiny_state().items()}
+    state |= {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
+    content = {f"module.{key}": value for key, value in state.items()} if wrapper else state
+    torch.save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "tiny.pt")
+    clip = load_clip(str(tmp_path / "tiny.pt"))
+    assert clip.blocks[0].ln_1.weight.dtype == torch.float32
+    torch.testing.assert_close(clip.visual.proj, tiny_state()["visual.proj"].half().float())
+
+
+def test_open_clip_state_dict_with_its_architecture(tmp_path: Path) -> None:
+    state = open_clip.create_model("ViT-S-32-alt").state_dict()
+    torch.save(state, tmp_path / "small.pt")
+    clip = load_clip(str(tmp_path / "small.pt"), "ViT-S-32-alt")
+    assert clip.activation == "gelu"
+    assert torch.equal(clip.visual.proj, state["visual.proj"])
+    assert load_clip(str(tmp_path / "small.pt"), "ViT-S-32-alt", activation="quickgelu").activation == "quickgelu"
+
+
+def test_activation_of_openais_own_archives_wins_over_the_architectures(tmp_path: Path) -> None:
+    state = {**open_clip.create_model("ViT-S-32-alt").state_dict(), "input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "openai.pt")
+    assert load_clip(str(tmp_path / "openai.pt"), "ViT-S-32-alt").activation == "quickgelu"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visual.proj": None}, "not a CLIP ViT in OpenAI's format: it lacks visual.proj"),
+        ({"visual.ln_post.weight": None}, "missing: visual.ln_post.weight"),
+        ({"visual.ln_post.weight": torch.ones(7)}, r"visual.ln_post.weight is \(7,\), needs \(64,\)"),
+        ({"extra": torch.ones(7)}, "unknown: extra"),
+        ({"visual.ln_post.weight": torch.full((64,), float("nan"))}, "NaN or infinity in visual.ln_post.weight"),
+    ],
+)
+def test_unfit_files_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    state = {**tiny_state(), **change}
+    save_file({key: value.contiguous() for key, value in state.items() if value is not None}, tmp_path / "bad.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        load_clip(str(tmp_path / "bad.safetensors"))
+
+
+def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "tiny.safetensors")
+    with pytest.raises(WeightsError, match=r"does not fit ViT-B-16: shapes differ: .* is .*, needs .*--arch"):
+        load_clip(str(path), "ViT-B-16")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="No weights file"):
+        load_clip(str(tmp_path / "none.safetensors"))
+    (tmp_path / "cut.safetensors").write_bytes(save_tiny(tmp_path / "tiny.safetensors").read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="Cannot read weights"):
+        load_clip(str(tmp_path / "cut.safetensors"))
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "openai.pt"))
+    with pytest.raises(WeightsError, match="TorchScript archive"):
+        load_clip(str(tmp_path / "openai.pt"))
+
+
+def test_foreign_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="Cannot read weights"):
+        load_clip(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_random_weights_are_seeded_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second, other = (load_clip("random", "ViT-S-32-alt", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.visual.proj, second.visual.proj)
+    assert not torch.equal(first.visual.proj, other.visual.proj)
+    assert first.weights_sha256 == second.weights_sha256 != other.weights_sha256
+    assert load_clip("random", "ViT-B-32-quickgelu").activation == "quickgelu"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match=r"Unknown architecture 'ViT-B16'. Did you mean: .*ViT-B-16"):
+        load_clip("random", "ViT-B16")
+    with pytest.raises(UsageError, match=r"Unknown weights tag for ViT-B-16 'opena'. Did you mean: openai"):
+        load_clip("opena", "ViT-B-16")
+
+
+def test_openai_tag_goes_through_open_clip_with_quickgelu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole path of ``--pretrained openai`` with the hub replaced by a local file."""
+    import open_clip.factory
+
+    state = open_clip.create_model("ViT-B-32", force_quick_gelu=True).state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "hub.safetensors")
+    asked: list[dict[str, Any]] = []
+
+    def download(entry: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        asked.append(entry)
+        return str(tmp_path / "hub.safetensors")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    clip = load_clip("openai", "ViT-B-32")
+    assert asked[0]["quick_gelu"] is True
+    assert clip.activation == "quickgelu"
+    assert type(clip.blocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert torch.equal(clip.visual.proj, state["visual.proj"])
+    assert clip.weights_sha256 == sha256_of_file(tmp_path / "hub.safetensors")
+    assert load_clip("laion2b_s34b_b79k", "ViT-B-32").activation == "gelu"
+    with pytest.raises(UsageError, match="is a QuickGELU architecture"):
+        open_clip_entry = open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k")
+        monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda arch, tag: open_clip_entry)
+        load_clip("laion2b_s34b_b79k", "ViT-B-32-quickgelu")
+
+
+def test_offline_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> str:
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    with pytest.raises(WeightsError, match=r"Could not get the weights 'openai' for ViT-B-16: cannot reach the hub .*--weights"):
+        load_clip("openai")
+
+
+def test_openai_config_reads_the_shapes() -> None:
+    config = openai_config(tiny_state(layers=5, width=128, grid=7), "tiny")
+    assert config["vision_cfg"] == {"layers": 5, "width": 128, "head_width": 64, "patch_size": 16, "image_size": 112}
+    assert config["text_cfg"] == {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}

@@ -1,0 +1,175 @@
+"""Imports point down: who may import whom, and what a quick command must not load."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+# From the ground up. A module may import from lower layers and from its own package, nowhere else; the longest name that
+# fits decides. Imports inside functions count as well.
+LAYERS = (
+    ("_version", "errors", "paths"),
+    ("compat", "ops", "profile", "pictures", "builtin", "registry"),
+    ("spec", "backbones", "benchmarks"),
+    ("text", "method", "results"),
+    ("methods", "model", "builtin.train", "builtin.evaluation", "builtin.corpus", "builtin.readouts"),
+    ("segmentor",),
+    ("evaluate",),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+MM = {"mmseg", "mmengine", "mmcv", "cv2"}
+# What parts of the suite must never import, at any level, and why.
+NEVER = {
+    **dict.fromkeys(("ops", "backbones", "methods", "method", "profile", "text", "model"), MM),
+    **dict.fromkeys(("errors", "paths", "registry", "spec", "results"), MM | {"torch", "torchvision", "open_clip"}),
+    "builtin.scenes": MM | {"torch", "torchvision", "open_clip"},
+}
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """Every module without the leading ``ovbench.``, and its file."""
+    for folder, prefix in ((REPO / "ovbench", ()), (REPO / "methods", ("methods",))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts), path
+
+
+def _imports(tree: ast.Module, module: str) -> Iterator[str]:
+    """Absolute names of everything that a module imports for running (not only for type checkers)."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} line {node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _longest(name: str, table: dict) -> str | None:
+    fitting = [key for key in table if name == key or name.startswith(key + ".")]
+    return max(fitting, key=len, default=None)
+
+
+def _problems(module: str, tree: ast.Module) -> Iterator[str]:
+    own = _longest(module, RANKS)
+    assert own is not None, f"'{module}' has no layer: add it to LAYERS"
+    forbidden = NEVER.get(_longest(module, NEVER) or "", set())
+    for name in _imports(tree, module):
+        top, _, rest = name.partition(".")
+        if top in forbidden:
+            yield f"{module} must not import {top}"
+        target = _longest(rest, RANKS) if top == "ovbench" else None
+        if target is None or target.split(".")[0] == own.split(".")[0]:
+            continue
+        if RANKS[target] >= RANKS[own]:
+            yield f"{module} (layer {own}) imports {name} (layer {target}): imports point down"
+
+
+@pytest.mark.parametrize(("module", "path"), list(_sources()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_down(module, path):
+    assert list(_problems(module, ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("ops.windows", "import mmseg.models", "must not import mmseg"),
+        ("ops.windows", "def f():\n    from cv2 import resize", "must not import cv2"),
+        ("results.table", "import torch", "must not import torch"),
+        ("results.table", "from ovbench.evaluate import run", "imports point down"),
+        ("backbones.dense_clip", "from ovbench import segmentor", "imports point down"),
+        ("evaluate.loop", "from ovbench.cli.console import say", "imports point down"),
+    ],
+)
+def test_the_rule_finds_what_it_forbids(module, source, found):
+    assert any(found in problem for problem in _problems(module, ast.parse(source)))
+
+
+def test_an_import_for_types_only_is_allowed():
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    from ovbench.cli import main"
+    assert list(_problems("results.table", ast.parse(source))) == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("ovbench, ovbench.errors, ovbench.registry, ovbench.spec", {"torch", "open_clip", "numpy", "pandas", *MM}),
+        ("ovbench.results.table, ovbench.results.render, ovbench.results.store", {"torch", "open_clip", "pandas", *MM}),
+        ("ovbench.benchmarks", {"torch", "open_clip", *MM}),
+        ("ovbench.cli.app", {"torch", "open_clip", "pandas", *MM}),
+        ("ovbench.ops, ovbench.profile.flops, ovbench.profile.timing, ovbench.profile.environment", MM),
+        ("ovbench.model, ovbench.text, ovbench.backbones.dense_clip, ovbench.backbones.clip_weights", MM),
+    ],
+)
+def test_what_an_import_loads(run_python, modules, heavy):
+    done = run_python("-c", f"import {modules}, sys, json; print(json.dumps(sorted(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert heavy & set(json.loads(done.stdout)) == set()
+
+
+def test_every_method_loads_without_mmseg(run_python):
+    code = (
+        "import json, sys; from ovbench.registry import method_class, method_names\n"
+        "for name in method_names(): method_class(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert "torch" in loaded and MM & loaded == set()
+
+
+QUICK = [("--help",), ("run", "--help"), ("predict", "--help"), ("list",), ("table",), ("schema",), ("--version",)]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_quick_commands_load_no_torch(run_python, tmp_path, arguments):
+    code = (
+        "import sys; from ovbench.cli.app import run_command\n"
+        f"status = run_command({list(arguments)!r})\n"
+        "print(sorted({'torch', 'open_clip', 'pandas', 'mmseg', 'mmengine', 'mmcv', 'cv2'} & set(sys.modules)), status, "
+        "file=sys.stderr)"
+    )
+    done = run_python("-c", code, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+def test_help_starts_within_half_a_second(run_python, tmp_path):
+    """The best of several starts, since other work on the machine only ever adds to the time."""
+    best = {}
+    for arguments in (("--help",), ("list", "methods"), ("table",)):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert run_python("-m", "ovbench", *arguments, cwd=tmp_path).returncode == 0
+            seconds.append(time.perf_counter() - start)
+        best[arguments] = min(seconds)
+    assert all(seconds < 0.5 for seconds in best.values()), best
+
+
+def test_all_packages_are_declared():
+    """A folder with modules that pyproject.toml does not list would be missing from a wheel."""
+    text = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    folders = {path.parent for path in (REPO / "ovbench").rglob("*.py")}
+    expected = {".".join(folder.relative_to(REPO).parts) for folder in folders}
+    for name in ("methods", "dataset_configs"):
+        inner = {path.parent for path in (REPO / name).rglob("*.py")}
+        expected |= {".".join(("ovbench", *folder.relative_to(REPO).parts)) for folder in inner}
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == expected

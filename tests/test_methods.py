@@ -1,0 +1,155 @@
+"""One contract for every registered method; what is special to a method stands in its own test file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ovbench.backbones.clip_weights import load_clip
+from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.errors import RunError, UsageError
+from ovbench.method import Method
+from ovbench.model import OpenVocabModel, build_model
+from ovbench.registry import method_class, method_info, method_names
+from ovbench.spec import protocol
+from tiny_clip import photo, save_tiny
+
+CLASSES = ["sky", ["road", "street"], "car", "person"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> DenseCLIP:
+    return load_clip(str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors")))
+
+
+@pytest.fixture(params=method_names())
+def method(request: pytest.FixtureRequest, clip: DenseCLIP) -> Method:
+    return method_class(request.param).build(clip)
+
+
+def model_of(method: Method, **fields: object) -> OpenVocabModel:
+    window_batch = fields.pop("window_batch", None)
+    dtype = fields.pop("dtype", "float32")
+    return OpenVocabModel(method, CLASSES, protocol("common", **fields), window_batch=window_batch, dtype=dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (112, 176), (176, 112), (100, 150), (33, 65), (16, 16)])
+def test_shapes_and_finite(method: Method, size: tuple[int, int]) -> None:
+    images = method.clip.normalise(torch.stack([photo(*size, seed=1), photo(*size, seed=2)]))
+    copy = images.clone()
+    with torch.inference_mode():
+        features = method.features(images)
+    assert features.shape == (2, size[0] // 16, size[1] // 16, method.clip.embed_dim)
+    assert features.isfinite().all()
+    assert torch.equal(images, copy)
+
+
+def test_two_images_are_twice_one(method: Method) -> None:
+    images = method.clip.normalise(torch.stack([photo(128, 192, seed=1), photo(128, 192, seed=2)]))
+    with torch.inference_mode():
+        both = method.features(images)
+        again = method.features(images)
+        for row in range(2):
+            torch.testing.assert_close(method.features(images[row : row + 1])[0], both[row], rtol=1e-4, atol=1e-5)
+    assert torch.equal(both, again)
+
+
+def test_flat_and_extreme_images(method: Method) -> None:
+    for value in (0, 255):
+        image = torch.full((1, 3, 96, 96), value, dtype=torch.uint8)
+        with torch.inference_mode():
+            assert method.features(method.clip.normalise(image)).isfinite().all()
+
+
+def test_no_hooks_and_no_gradients(method: Method) -> None:
+    model_of(method).seg_logits(photo(100, 120)[None])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in method.modules())
+    assert not any(p.requires_grad for p in method.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_is_close(method: Method, dtype: str) -> None:
+    image = photo(160, 224)[None]
+    exact, rough = (model_of(method, dtype=kind).seg_logits(image) for kind in ("float32", dtype))
+    assert rough.dtype == torch.float32
+    error = (exact - rough).abs().max() / exact.abs().max()
+    assert error < (0.05 if dtype == "bfloat16" else 0.01)
+
+
+def test_window_batches_do_not_change_the_result(method: Method) -> None:
+    images = [photo(250, 330, seed=1), photo(330, 250, seed=2), photo(240, 240, seed=3)]
+    model = model_of(method, window_batch=4)
+    together = model.window_logits(images)
+    for image, logits in zip(images, together, strict=True):
+        assert torch.equal(model.window_logits([image])[0], logits)  # to the bit: the tail is padded
+    free = model_of(method).window_logits(images)
+    for one, other in zip(together, free, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_and_slide_agree_when_one_window_covers_the_image(method: Method) -> None:
+    image = photo(200, 200)[None]
+    whole = model_of(method, mode="whole").seg_logits(image, (50, 70))
+    slide = model_of(method, mode="slide").seg_logits(image, (50, 70))
+    assert whole.shape == (1, 5, 50, 70)
+    assert torch.equal(whole, slide)
+
+
+def test_slide_equals_a_plain_loop_over_windows(method: Method) -> None:
+    image = photo(250, 340)
+    model = model_of(method)
+    total, count = torch.zeros(5, 250, 340), torch.zeros(250, 340)
+    for top in (0, 26):
+        for left in (0, 112, 116):
+            crop = method.clip.normalise(image[None, :, top : top + 224, left : left + 224])
+            with torch.inference_mode():
+                logits = method.patch_logits(crop, model.text)
+            total[:, top : top + 224, left : left + 224] += torch.nn.functional.interpolate(logits, (224, 224), mode="bilinear")[0]
+            count[top : top + 224, left : left + 224] += 1
+    torch.testing.assert_close(model.window_logits([image])[0], total / count, rtol=1e-4, atol=1e-5)
+
+
+def test_patch_padding_keeps_the_image_in_place(method: Method) -> None:
+    """An image shifted by whole patches inside a padded one gives logits at the same place."""
+    image = photo(89, 135)
+    for pad in ("symmetric", "none"):
+        logits = model_of(method, mode="whole", patch_pad=pad).seg_logits(image[None])
+        assert logits.shape == (1, 5, 89, 135)
+        assert logits.isfinite().all()
+
+
+def test_labels_and_registry(method: Method) -> None:
+    model = model_of(method)
+    labels = model.predict_labels([photo(60, 90), photo(90, 60)], [(30, 45), (91, 61)])
+    assert [tuple(label.shape) for label in labels] == [(30, 45), (91, 61)]
+    assert all(label.dtype == torch.int64 and 0 <= label.min() and label.max() < 4 for label in labels)
+    name = next(name for name in method_names() if method_class(name) is type(method))
+    info = method_info(name)
+    assert info.summary and info.paper
+    assert protocol("paper", "voc21", method=name).name == info.protocol
+
+
+def test_nan_weights_are_an_error_that_names_image_and_stage(clip: DenseCLIP) -> None:
+    model = build_model("clip", classes=CLASSES, weights="random", arch="ViT-S-32-alt")
+    model.clip.visual.ln_post.bias.data.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"NaN or infinity in the patch logits of b.png, window .* \(stage: backbone"):
+        model.predict_labels([photo(64, 64)], [(64, 64)], ["b.png"])
+
+
+def test_class_lists() -> None:
+    with pytest.raises(UsageError, match="class list is empty"):
+        build_model("clip", classes=[], weights="random")
+    with pytest.raises(UsageError, match="Class 1 of the class list has no word"):
+        build_model("clip", classes=["a", [" "]], weights="random")
+
+
+def test_method_options() -> None:
+    cls = method_class("sc-clip")
+    assert cls.configure({"beta": "0.5", "neighbours": "10", "scale-indices": "false"}) == cls.Config(
+        beta=0.5, neighbours=10, scale_indices=False
+    )
+    with pytest.raises(UsageError, match=r"Unknown option of SCCLIP 'betta'. Did you mean: beta"):
+        cls.configure({"betta": "1"})
+    with pytest.raises(UsageError, match="Option beta='high': a float is needed"):
+        cls.configure({"beta": "high"})
+    with pytest.raises(UsageError, match=r"Unknown method 'scclip'. Did you mean: sc-clip"):
+        method_info("scclip")
