@@ -159,11 +159,13 @@ class SCCLIP(Method):
         out = out + self._last_block(levels[:, 1:], levels[:, :1], attention)
         with torch.autocast(images.device.type, enabled=False):
             out = shallow @ out
-        return clip.project(out).unflatten(1, grid)
+        dense: Tensor = clip.project(out).unflatten(1, grid)
+        return dense
 
     def _last_block(self, patches: Tensor, cls: Tensor, attention: Tensor) -> Tensor:
         """Value aggregation (B, N, C) by the mean of ``attention`` and the k-k attention, plus a share of CLS."""
         _, k, v = self.clip.qkv(patches)
         kk = F.scaled_dot_product_attention(k, k, v)
         shared = attention.to(v.dtype)[:, None] @ v
-        return self.clip.merge_heads((kk + shared) / 2).float() + self.config.cls_weight * cls
+        weight: float = self.config.cls_weight
+        return self.clip.merge_heads((kk + shared) / 2).float() + weight * cls

@@ -58,7 +58,8 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str], see: str | None 
     names = sorted(allowed)
     lowered = {name.lower().replace("_", "-"): name for name in names}
     key = given.lower().replace("_", "-")
-    near = [lowered[hit] for hit in difflib.get_close_matches(key, lowered, n=3, cutoff=0.5)]
+    likeness = {name: difflib.SequenceMatcher(None, key, low).ratio() for low, name in lowered.items()}
+    near = sorted((name for name in names if likeness[name] >= 0.5), key=lambda name: (-likeness[name], name))[:3]
     near += [name for low, name in sorted(lowered.items()) if key and low.startswith(key) and name not in near]
     message = f"Unknown {kind} '{given}'."
     if near:

@@ -286,17 +286,21 @@ def build_model(
     words = class_words(classes)
     cls = method_class(method)
     config = cls.configure(method_options or {})
+    chosen: Protocol
     if isinstance(protocol, dict):
-        protocol = validated(Protocol, protocol)
-    if not isinstance(protocol, Protocol):
-        protocol = preset(protocol or "paper", benchmark, method=method, **overrides)
-    elif overrides:
+        chosen = validated(Protocol, protocol)
+    elif isinstance(protocol, Protocol):
+        chosen = protocol
+    else:
+        chosen = preset(protocol or "paper", benchmark, method=method, **overrides)
+        overrides = {}
+    if overrides:
         raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     require_device(device)
     clip = load_clip(weights, arch, activation=activation, seed=seed, device=device)
-    return OpenVocabModel(cls(clip, config), words, protocol, dtype=dtype, window_batch=window_batch)
+    return OpenVocabModel(cls(clip, config), words, chosen, dtype=dtype, window_batch=window_batch)
 
 
 def require_device(device: str) -> None:

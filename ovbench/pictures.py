@@ -190,17 +190,29 @@ def stack(images: Sequence[Image.Image], *, gap: int = 0, across: bool = False) 
 
 
 def gallery_row(
-    image: UInt8, pred: npt.NDArray[Any], truth: npt.NDArray[Any], colours: Sequence[Colour], names: Sequence[str], title: str
+    image: UInt8,
+    pred: npt.NDArray[Any],
+    truth: npt.NDArray[Any],
+    colours: Sequence[Colour],
+    names: Sequence[str],
+    title: str,
 ) -> Image.Image:
     """Image, prediction and label side by side under a title, with a legend of the classes in either; 900 px wide."""
     side = 296
     height = max(1, round(image.shape[0] * side / image.shape[1]))
-    panels = [Image.fromarray(image), Image.fromarray(blend(image, pred, colours)), Image.fromarray(blend(image, truth, colours))]
+    panels = [
+        Image.fromarray(image),
+        Image.fromarray(blend(image, pred, colours)),
+        Image.fromarray(blend(image, truth, colours)),
+    ]
     shown = [panel.resize((side, height), Image.Resampling.LANCZOS) for panel in panels]
     strip = stack(shown, gap=6, across=True)
     heads = stack([caption(text, side) for text in ("image", "prediction", "label")], gap=6, across=True)
     present = np.bincount(
-        np.concatenate([array[(array >= 0) & (array < len(names))].ravel() for array in (pred, truth)]), minlength=len(names)
+        np.concatenate([array[(array >= 0) & (array < len(names))].ravel() for array in (pred, truth)]),
+        minlength=len(names),
     )
     order = [int(i) for i in np.argsort(-present, kind="stable") if present[i] > 0.002 * pred.size][:12]
-    return stack([caption(title, strip.width), heads, strip, legend([(colours[i], names[i]) for i in order], strip.width)])
+    return stack(
+        [caption(title, strip.width), heads, strip, legend([(colours[i], names[i]) for i in order], strip.width)]
+    )

@@ -149,7 +149,7 @@ def build_segmentor(method: str, *, classes: Classes, weights: str = "openai", *
 
 
 def _plain(value: Any) -> Any:
-    """mmengine's ConfigDict as plain dicts and lists."""
+    """Mmengine's ConfigDict as plain dicts and lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

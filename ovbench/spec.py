@@ -44,7 +44,10 @@ class Protocol(BaseModel):
     logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
     prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")
     area_thd: float | None = Field(
-        None, ge=0, le=1, description="a foreground class with at most this share of the predicted foreground is dropped"
+        None,
+        ge=0,
+        le=1,
+        description="a foreground class with at most this share of the predicted foreground is dropped",
     )
     area_rule: Literal["background", "next-best"] = Field(
         "background",
@@ -59,7 +62,9 @@ class Protocol(BaseModel):
     @model_validator(mode="after")
     def _stride_fits(self) -> Protocol:
         if self.mode == "slide" and self.stride > self.crop:
-            raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: pixels between windows would be lost")
+            raise ValueError(
+                f"stride {self.stride} is larger than crop {self.crop}: pixels between windows would be lost"
+            )
         return self
 
 
@@ -109,7 +114,8 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
         if key not in known:
             raise unknown_name("protocol field", key, known, "ovbench run --help")
     moved = tuple(sorted(key for key, value in changed.items() if getattr(before, key) != value))
-    return validated(Protocol, {**fields, **changed, "name": name, "overrides": moved})
+    checked: Protocol = validated(Protocol, {**fields, **changed, "name": name, "overrides": moved})
+    return checked
 
 
 class RunSpec(BaseModel):
@@ -127,9 +133,7 @@ class RunSpec(BaseModel):
     protocol: Protocol
     mode: Mode = Field("slide", description="same as protocol.mode")
     arch: str | None = Field(None, description="open_clip architecture; None until read from an OpenAI-format file")
-    weights: str = Field(
-        "openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name"
-    )
+    weights: str = Field("openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name")
     dtype: DType = Field("float32", description="precision of the network; softmax and accumulation stay float32")
     device: str = Field("cpu", description="cpu or cuda (index left out)")
     weights_sha256: str | None = Field(None, description="hash of the weights used; filled in by the run")

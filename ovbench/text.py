@@ -62,7 +62,15 @@ def embed_words(clip: DenseCLIP, words: Sequence[str], prompt_templates: Sequenc
     """
     device = next(clip.parameters()).device
     key = sha256_of(
-        [clip.weights_sha256, clip.arch, clip.activation, list(words), list(prompt_templates), device.type, torch.__version__]
+        [
+            clip.weights_sha256,
+            clip.arch,
+            clip.activation,
+            list(words),
+            list(prompt_templates),
+            device.type,
+            torch.__version__,
+        ]
     )
     if key not in _memory:
         path = cache_dir() / "text" / f"{key}.safetensors"

@@ -102,11 +102,9 @@ def test_wrong_names_and_broken_read_outs_collapse(
     feats, labels = scenes
     right = _accuracy(model, readout, feats, labels, text)
     assert _accuracy(model, readout, feats, labels, text.roll(1, 0)) < 0.25 * right
-    # Patches in another order, as after swapping height and width.
-    turned = [torch.cat([x[:, :1], x[:, 1:].view(12, 14, 14, -1).transpose(1, 2).flatten(1, 2)], 1) for x in feats]
-    assert _accuracy(model, readout, turned, labels, text) < 0.85 * right
-    # A shallow block in place of the last ones.
-    assert _accuracy(model, readout, [feats[0]] * 12, labels, text) < 0.8 * right
+    # Patches in another order, as with a wrong reshape.
+    mixed = torch.cat([torch.zeros(1), 1 + torch.randperm(196, generator=torch.Generator().manual_seed(0))]).long()
+    assert _accuracy(model, readout, [x[:, mixed] for x in feats], labels, text) < 0.5 * right
 
 
 def test_synonyms_mean_the_same_and_unknown_words_do_not_crash(model: Any) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny_clip import save_tiny, tiny_state
+
 from ovbench.backbones.clip_weights import load_clip, openai_config
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
-from safetensors.torch import save_file
-from tiny_clip import save_tiny, tiny_state
 
 
 def test_openai_format_loads_by_itself(tmp_path: Path) -> None:
@@ -26,7 +27,11 @@ def test_openai_format_loads_by_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapper", [None, "state_dict"])
 def test_pt_files_with_openais_extras_and_fp16(tmp_path: Path, wrapper: str | None) -> None:
     state: dict[str, Any] = {key: value.half() for key, value in tiny_state().items()}
-    state |= {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
+    state |= {
+        "input_resolution": torch.tensor(224),
+        "context_length": torch.tensor(77),
+        "vocab_size": torch.tensor(49408),
+    }
     content = {f"module.{key}": value for key, value in state.items()} if wrapper else state
     torch.save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "tiny.pt")
     clip = load_clip(str(tmp_path / "tiny.pt"))
@@ -61,7 +66,9 @@ def test_activation_of_openais_own_archives_wins_over_the_architectures(tmp_path
 )
 def test_unfit_files_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     state = {**tiny_state(), **change}
-    save_file({key: value.contiguous() for key, value in state.items() if value is not None}, tmp_path / "bad.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in state.items() if value is not None}, tmp_path / "bad.safetensors"
+    )
     with pytest.raises(WeightsError, match=message):
         load_clip(str(tmp_path / "bad.safetensors"))
 
@@ -145,7 +152,9 @@ def test_offline_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("cannot reach the hub")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
-    with pytest.raises(WeightsError, match=r"Could not get the weights 'openai' for ViT-B-16: cannot reach the hub .*--weights"):
+    with pytest.raises(
+        WeightsError, match=r"Could not get the weights 'openai' for ViT-B-16: cannot reach the hub .*--weights"
+    ):
         load_clip("openai")
 
 

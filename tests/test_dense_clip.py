@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_clip import photo, save_tiny
+
 from ovbench.backbones.clip_weights import load_clip
 from ovbench.backbones.dense_clip import DenseCLIP, LastBlock, resize_position_embedding
 from ovbench.errors import UsageError, WeightsError
-from tiny_clip import photo, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +84,15 @@ def test_batch_and_sizes(clip: DenseCLIP) -> None:
         both = clip.dense(images, LastBlock())
         assert both.shape == (2, 6, 11, 32)
         for row in range(2):
-            torch.testing.assert_close(clip.dense(images[row : row + 1], LastBlock())[0], both[row], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                clip.dense(images[row : row + 1], LastBlock())[0], both[row], rtol=1e-4, atol=1e-5
+            )
     with pytest.raises(UsageError, match="smaller than one 16-pixel patch"):
         clip.dense(images[..., :10], LastBlock())
 
 
 def test_towers_without_dense_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"RN50 cannot give dense features here: its image tower is a ModifiedResNet"):
+    with pytest.raises(
+        WeightsError, match=r"RN50 cannot give dense features here: its image tower is a ModifiedResNet"
+    ):
         load_clip("random", "RN50")

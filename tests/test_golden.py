@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import ovbench
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+import ovbench
 
 METHODS = {"sc-clip": "scclip_pub.safetensors", "clip": "naclip_pub.safetensors"}
 MEAN = torch.tensor([122.771, 116.746, 104.094]).view(3, 1, 1)
@@ -71,14 +72,39 @@ def test_predict_command(
     for name in ("image_224", "image_336x448"):
         Image.fromarray(picture(vectors, name).permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
     (tmp_path / "classes.txt").write_text("\n".join(words(golden, method)))
-    common = ["--method", method, "--weights", str(golden / "clip_pub.safetensors"), "--classes", "classes.txt", "--short-side", "0", "--device", "cpu"]
+    common = [
+        "--method",
+        method,
+        "--weights",
+        str(golden / "clip_pub.safetensors"),
+        "--classes",
+        "classes.txt",
+        "--short-side",
+        "0",
+        "--device",
+        "cpu",
+    ]
     done = run_cli("predict", "image_224.png", *common, "--save-features", "f.npz")
     assert done.returncode == 0, done.stderr
     stored = np.load(tmp_path / "f.npz")
     assert stored["grid"].tolist() == [14, 14] and stored["features"].dtype == np.float32
     assert close(torch.from_numpy(stored["features"]), vectors[f"{method}.features_224"])
 
-    done = run_cli("predict", "image_336x448.png", *common, "--mode", "slide", "--crop", "224", "--stride", "112", "--save-logits", "l.npz", "--out", "label.png")
+    done = run_cli(
+        "predict",
+        "image_336x448.png",
+        *common,
+        "--mode",
+        "slide",
+        "--crop",
+        "224",
+        "--stride",
+        "112",
+        "--save-logits",
+        "l.npz",
+        "--out",
+        "label.png",
+    )
     assert done.returncode == 0, done.stderr
     logits = torch.from_numpy(np.load(tmp_path / "l.npz")["seg_logits"])
     assert logits.shape == (21, 336, 448)

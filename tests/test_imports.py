@@ -80,7 +80,9 @@ def _problems(module: str, tree: ast.Module) -> Iterator[str]:
             yield f"{module} (layer {own}) imports {name} (layer {target}): imports point down"
 
 
-@pytest.mark.parametrize(("module", "path"), list(_sources()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), list(_sources()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_point_down(module, path):
     assert list(_problems(module, ast.parse(path.read_text(encoding="utf-8")))) == []
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ovbench.ops import labels
 from ovbench.ops.areas import areas
 from ovbench.ops.labels import decide
@@ -11,7 +12,13 @@ from ovbench.ops.windows import patch_padding, starts, windows
 
 @pytest.mark.parametrize(
     ("length", "crop", "stride", "expected"),
-    [(224, 224, 112, [0]), (336, 224, 112, [0, 112]), (337, 224, 112, [0, 112, 113]), (100, 224, 112, [0]), (500, 200, 200, [0, 200, 300])],
+    [
+        (224, 224, 112, [0]),
+        (336, 224, 112, [0, 112]),
+        (337, 224, 112, [0, 112, 113]),
+        (100, 224, 112, [0]),
+        (500, 200, 200, [0, 200, 300]),
+    ],
 )
 def test_window_starts(length: int, crop: int, stride: int, expected: list[int]) -> None:
     assert starts(length, crop, stride) == expected
@@ -34,7 +41,15 @@ def test_patch_padding() -> None:
     assert (left, right, top, bottom) == (0, 1, 7, 8)
 
 
-def naive(logits: torch.Tensor, size: tuple[int, int], word_class: torch.Tensor, scale: float, prob_thd: float, area_thd: float | None, rule: str) -> torch.Tensor:
+def naive(
+    logits: torch.Tensor,
+    size: tuple[int, int],
+    word_class: torch.Tensor,
+    scale: float,
+    prob_thd: float,
+    area_thd: float | None,
+    rule: str,
+) -> torch.Tensor:
     """The protocol, word for word, on full-size probabilities."""
     probs = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].mul(scale).softmax(0)
     classes = int(word_class.max()) + 1

@@ -46,11 +46,11 @@ print(json.dumps({k: (v.tolist() if v.ndim else float(v)) for k, v in found.item
 """
     done = run_python("-c", code)
     theirs = json.loads(done.stdout.strip().splitlines()[-1].replace("NaN", "null"))
-    ours = metrics_from_areas(
-        list("abcd"), [30, 10, 0, 0], [50, 40, 0, 10], [40, 20, 0, 10], [40, 30, 0, 0], images=2
-    )
+    ours = metrics_from_areas(list("abcd"), [30, 10, 0, 0], [50, 40, 0, 10], [40, 20, 0, 10], [40, 30, 0, 0], images=2)
     assert [score.iou / 100 if score.iou is not None else None for score in ours.classes] == theirs["IoU"]
-    assert [score.acc / 100 if score.acc is not None else None for score in ours.classes] == pytest.approx(theirs["Acc"])
+    assert [score.acc / 100 if score.acc is not None else None for score in ours.classes] == pytest.approx(
+        theirs["Acc"]
+    )
     assert ours.aacc / 100 == pytest.approx(theirs["aAcc"], abs=1e-15)
 
 

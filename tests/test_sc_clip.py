@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import torch
+from ovbench.methods.sc_clip import (
+    SCCLIP,
+    SCClipConfig,
+    aggregation,
+    local_outlier_factor,
+    outliers,
+    repair,
+    similarity_attention,
+)
+
 from ovbench.backbones.clip_weights import load_clip
-from ovbench.methods.sc_clip import SCCLIP, SCClipConfig, aggregation, local_outlier_factor, outliers, repair, similarity_attention
 
 
 def brute_force_lof(points: torch.Tensor, k: int) -> torch.Tensor:
     count = points.shape[0]
     distance = ((points[:, None] - points[None]) ** 2).sum(-1)
-    neighbours = [sorted((j for j in range(count) if j != i), key=lambda j: float(distance[i, j]))[:k] for i in range(count)]
+    neighbours = [
+        sorted((j for j in range(count) if j != i), key=lambda j: float(distance[i, j]))[:k] for i in range(count)
+    ]
     k_distance = [max(float(distance[i, j]) for j in neighbours[i]) for i in range(count)]
     density = []
     for i in range(count):

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_clip import save_tiny
+
 from ovbench import text
 from ovbench.backbones.clip_weights import load_clip
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
-from tiny_clip import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,9 @@ def test_cache_is_keyed_by_content(
     assert len(calls) == 5
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(clip: DenseCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(
+    clip: DenseCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OVBENCH_CACHE", str(tmp_path / "file"))
     assert text.embed_words(clip, ["zebra"], ["{}"]).shape == (1, 32)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 def tiny_state(seed: int = 0, *, layers: int = 12, width: int = 64, grid: int = 14) -> dict[str, torch.Tensor]:
-    """A state dict: ViT of ``layers`` blocks, patch 16, ``grid`` x ``grid`` positions, embedding 32; text of 2 blocks."""
+    """A state dict: ViT of ``layers`` blocks, patch 16, ``grid`` x ``grid`` positions, embedding 32; 2 text blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(

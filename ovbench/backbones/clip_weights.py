@@ -1,7 +1,7 @@
 """Where a CLIP comes from: an open_clip tag, the hub, a file, random numbers, or the built-in one.
 
 The activation follows the weights: a tag knows its own, a file in OpenAI's format means QuickGELU, an open_clip
-architecture names its own. A wrong one costs points without any error, so it is never left to a default and is recorded.
+architecture names its own. A wrong one costs points without any error, so it is never left to a default, and recorded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def load_clip(
             raise UsageError("--weights builtin has an architecture of its own: leave --arch away.")
         from ovbench.builtin.weights import load_state_dict, weights_path
 
-        dense = _from_openai_format(load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128")
+        dense = _from_openai_format(
+            load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128"
+        )
     elif weights == "random":
         dense = _random(arch or DEFAULT_ARCH, seed, activation)
     elif weights.startswith("hf-hub:"):
@@ -63,7 +65,11 @@ def load_clip(
 
 
 def _looks_like_path(weights: str) -> bool:
-    return Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt"} or "/" in weights or Path(weights).is_file()
+    return (
+        Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+        or "/" in weights
+        or Path(weights).is_file()
+    )
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
@@ -73,11 +79,13 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         WeightsError: Missing, unreadable, or a pickle that holds more than tensors.
     """
     if not path.is_file():
-        raise WeightsError(f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'.")
+        raise WeightsError(
+            f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'."
+        )
     if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         raise WeightsError(
-            f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use '--pretrained openai', "
-            "or save its state_dict() as .safetensors once and give that file."
+            f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use "
+            "'--pretrained openai', or save its state_dict() as .safetensors once and give that file."
         )
     try:
         if path.suffix == ".safetensors":
@@ -87,8 +95,8 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
         raise WeightsError(
-            f"Cannot read weights from '{path}': {str(error).splitlines()[0]} It must be a .safetensors file or a state dict "
-            "saved by torch.save."
+            f"Cannot read weights from '{path}': {str(error).splitlines()[0]} It must be a .safetensors file or a state "
+            "dict saved by torch.save."
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
@@ -270,13 +278,17 @@ def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str
         parts = []
         for label, items in (("shapes differ", wrong), ("missing", missing), ("unknown", surplus)):
             if items:
-                parts.append(f"{label}: {'; '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}")
+                parts.append(
+                    f"{label}: {'; '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}"
+                )
         raise WeightsError(
-            f"'{name}' does not fit {arch}: {'. '.join(parts)}. Name the architecture it was made for with --arch, or leave "
-            "--arch away for a file in OpenAI's format."
+            f"'{name}' does not fit {arch}: {'. '.join(parts)}. Name the architecture it was made for with --arch, or "
+            "leave --arch away for a file in OpenAI's format."
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items() if key in expected}, strict=False)
-    broken = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    broken = next(
+        (key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None
+    )
     if broken:
         raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
 
@@ -296,7 +308,10 @@ def _wrap(
         tokenizer = open_clip.get_tokenizer(arch) if known else open_clip.SimpleTokenizer()
     preprocess = getattr(model.visual, "preprocess_cfg", None) or {}
     mean, std = OPENAI_MEAN, OPENAI_STD
-    given = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)), tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
+    given = (
+        tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+    )
     if given != (tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)):
         mean, std = (tuple(255.0 * float(value) for value in part) for part in given)  # type: ignore[assignment]
     return DenseCLIP(

@@ -57,8 +57,8 @@ def resize_position_embedding(embedding: Tensor, pretrained: Grid, grid: Grid, h
         embedding: Pretrained embedding, CLS first.
         pretrained: Its grid.
         grid: Wanted grid (h, w).
-        how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (DINO's trick against
-            rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
+        how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (a trick of DINO
+            against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
     """
     if grid == pretrained:
         return embedding
@@ -170,15 +170,16 @@ class DenseCLIP(nn.Module):
         """
         if min(images.shape[-2:]) < self.patch:
             raise UsageError(
-                f"An input of {images.shape[-2]} x {images.shape[-1]} pixels is smaller than one {self.patch}-pixel patch "
-                f"of {self.arch}: raise --short-side or --crop."
+                f"An input of {images.shape[-2]} x {images.shape[-1]} pixels is smaller than one "
+                f"{self.patch}-pixel patch of {self.arch}: raise --short-side or --crop."
             )
         patches = self.visual.conv1(images)  # (B, C, h, w)
         grid = (patches.shape[-2], patches.shape[-1])
         x = patches.flatten(2).transpose(1, 2).float()  # under autocast too: the residual stream stays float32
         cls = self.visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x], dim=1) + self._position(grid, x)
-        return self.visual.ln_pre(x), grid
+        x = self.visual.ln_pre(x)
+        return x, grid
 
     def _position(self, grid: Grid, like: Tensor) -> Tensor:
         key = (grid, self.pos_interp, like.dtype, like.device)
@@ -220,7 +221,8 @@ class DenseCLIP(nn.Module):
             out = x + out
         if rule.mlp:
             out = out + block.ls_2(block.mlp(block.ln_2(out)))
-        return out
+        result: Tensor = out
+        return result
 
     def qkv(self, x: Tensor, index: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value of a block (its LN1 applied), each (B, heads, T, d), from its input (B, T, C)."""
@@ -238,13 +240,15 @@ class DenseCLIP(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Tokens (..., C) in the joint image-text space (..., D): final layer norm and projection."""
-        return self.visual.ln_post(x) @ self.visual.proj
+        projected: Tensor = self.visual.ln_post(x) @ self.visual.proj
+        return projected
 
     def dense(self, images: Tensor, rule: LastBlock) -> Tensor:
         """Dense features (B, h, w, D), not normalised, of normalised images under a rule for the last block."""
         tokens = self.tokens(images, [self.depth - 2])
         x = self.apply_block(self.depth - 1, tokens.after[self.depth - 2], tokens.grid, rule)
-        return self.project(x[:, 1:]).unflatten(1, tokens.grid)
+        dense: Tensor = self.project(x[:, 1:]).unflatten(1, tokens.grid)
+        return dense
 
 
 def _require_plain_vit(clip: nn.Module, arch: str) -> None:

@@ -77,7 +77,9 @@ def predict(
         mode=mode, crop=crop, stride=stride, logit_scale=logit_scale, prob_thd=prob_thd, area_thd=area_thd,
         templates=templates, patch_pad=patch_pad, pos_interp=pos_interp,
     )  # fmt: skip
-    network_input = torch.from_numpy(pictures.resize_short_side(rgb, short_side, model.protocol.long_side)).permute(2, 0, 1)
+    network_input = torch.from_numpy(pictures.resize_short_side(rgb, short_side, model.protocol.long_side)).permute(
+        2, 0, 1
+    )
     height, width = rgb.shape[:2]
     averaged = model.window_logits([network_input], [str(image)])[0]
     with torch.inference_mode():
@@ -144,7 +146,9 @@ def read_class_list(classes: str) -> list[list[str]]:
     if path.is_file():
         return read_classes(path)
     if path.suffix in {".txt", ".csv", ".lst"} or "/" in classes:
-        raise UsageError(f"No class list '{classes}'. Give words with commas between them, or a file with one class per line.")
+        raise UsageError(
+            f"No class list '{classes}'. Give words with commas between them, or a file with one class per line."
+        )
     return class_words([word for word in classes.split(",") if word.strip()])
 
 

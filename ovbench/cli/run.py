@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,9 @@ def run(
     if demo and source not in {"builtin", "random"}:
         raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
     if demo and data_root is not None:
-        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin.")
+        raise UsageError(
+            "--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin."
+        )
     overrides = {
         "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
         "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
@@ -117,12 +120,26 @@ def run(
 
         print_text(str(dump(spec, RunOptions(**options), dump_config)))
         return
-    with progress("images") as on_images:
+    with _terminable(), progress("images") as on_images:
         record = evaluate(spec, **options, on_images=on_images)
     if json:
         print_text(record.to_json())
     else:
         show(record, results)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a scheduler that wants the machine back) ends a run as Ctrl-C does: recorded, and resumable."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def default_device() -> str:
@@ -152,7 +169,14 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
     from time import monotonic
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     target = console(sys.stderr)
     first: list[float] = []

@@ -88,20 +88,26 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         UsageError, DataError, WeightsError: Nothing was run (a record says so where a results folder can be written).
         RunError, Interrupted: The run ended early; finished images are kept and ``resume=True`` continues.
     """
-    if isinstance(spec, dict):
-        spec = validated(RunSpec, spec)
+    checked: RunSpec = validated(RunSpec, spec) if isinstance(spec, dict) else spec
     unknown = set(options) - set(RunOptions.__dataclass_fields__)
     if unknown:
-        raise UsageError(f"Unknown run option {', '.join(sorted(unknown))}. Known: {', '.join(RunOptions.__dataclass_fields__)}.")
-    chosen = replace(RunOptions(), **{key: Path(value) if key in {"data_root", "results"} and value else value for key, value in options.items()})
+        raise UsageError(
+            f"Unknown run option {', '.join(sorted(unknown))}. Known: {', '.join(RunOptions.__dataclass_fields__)}."
+        )
+    for key in ("data_root", "results"):
+        if options.get(key) is not None:
+            options[key] = Path(options[key])
+    chosen = replace(RunOptions(), **options)
     store.ensure_writable(chosen.results)
-    state = _State(spec, chosen, datetime.now(timezone.utc))
-    state.run_id = records.new_run_id(spec.spec_hash(), state.started)
+    state = _State(checked, chosen, datetime.now(timezone.utc))
+    state.run_id = records.new_run_id(checked.spec_hash(), state.started)
     try:
         _evaluate(state)
     except KeyboardInterrupt:
         stored = _store(state, "interrupted", "interrupted by the user or the scheduler")
-        raise Interrupted(f"Interrupted. Finished images are kept; continue with --resume. Record: {stored[1]}") from None
+        raise Interrupted(
+            f"Interrupted. Finished images are kept; continue with --resume. Record: {stored[1]}"
+        ) from None
     except Exception as error:
         clear = _clear(error)
         if state.shard is not None:  # before that nothing was computed, and there is nothing to keep
@@ -122,14 +128,16 @@ def _clear(error: Exception) -> OvbenchError:
     if isinstance(error, OvbenchError):
         if text.startswith("Caught "):  # torch puts a worker's whole traceback into the message
             lines = text.strip().splitlines()
-            last = next((i for i in range(len(lines) - 1, -1, -1) if re.match(r"ovbench\.errors\.\w+: ", lines[i])), None)
+            last = next(
+                (i for i in range(len(lines) - 1, -1, -1) if re.match(r"ovbench\.errors\.\w+: ", lines[i])), None
+            )
             if last is not None:
                 error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
         return error
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
         return RunError(
-            f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; finished "
-            "images are kept, continue with --resume."
+            f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; "
+            "finished images are kept, continue with --resume."
         )
     if "DataLoader worker" in text:
         return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
@@ -184,7 +192,7 @@ def _evaluate(state: _State) -> None:
 
     from ovbench.evaluate.session import evaluate_images
 
-    evaluate_images(state, benchmark, root, model)
+    evaluate_images(state, benchmark, root, model, synthetic=synthetic)
 
 
 def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:
@@ -196,8 +204,8 @@ def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, b
         return benchmark.resolve_root(synth(benchmark.name, home, images=DEMO_IMAGES, seed=DEMO_SEED)), True
     if options.data_root is None:
         raise UsageError(
-            f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try the "
-            "tool on generated scenes with --demo."
+            f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try "
+            "the tool on generated scenes with --demo."
         )
     root = benchmark.resolve_root(options.data_root)
     return root, is_synthetic(root)
@@ -219,8 +227,8 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
     if len(words) != benchmark.num_classes:
         raise UsageError(
             f"The class list '{path}' has {len(words)} classes, but {benchmark.name} has {benchmark.num_classes} "
-            f"(one line per class in label order{', background first' if benchmark.has_background else ''}): a longer or "
-            "shorter list would count the wrong classes."
+            f"(one line per class in label order{', background first' if benchmark.has_background else ''}): a longer "
+            "or shorter list would count the wrong classes."
         )
     return words, sha256_of(words)
 
@@ -246,6 +254,7 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
         metrics = metrics_of(state)
     spec = state.spec
     record = records.RunRecord(
+        schema_version=records.SCHEMA_VERSION,
         run_id=state.run_id,
         spec=spec,
         spec_hash=spec.spec_hash(),

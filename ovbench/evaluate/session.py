@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ovbench.evaluate.run import _State
 
 
-def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: OpenVocabModel) -> None:
+def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: OpenVocabModel, *, synthetic: bool) -> None:
     """Evaluates all images that are not done yet and fills in metrics and efficiency of ``state``."""
     from mmengine.dataset import pseudo_collate
     from mmengine.evaluator import Evaluator
@@ -39,16 +39,14 @@ def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: Open
     spec, options = state.spec, state.options
     dataset = build_dataset(benchmark, root, spec.protocol.short_side, spec.protocol.long_side)
     count = len(dataset) if spec.limit is None else min(spec.limit, len(dataset))
-    state.partial_reason = _partial(count, len(dataset), benchmark)
+    state.partial_reason = _partial(count, len(dataset), None if synthetic else benchmark.expected_images)
     _open_shard(state, benchmark)
     indices = [index for index in range(count) if index not in state.shard.done]
 
     stopwatch = Stopwatch(model.device)
     model.stage = stopwatch.stage
     pictures = Pictures(state, benchmark, dataset)
-    monitor = Monitor(
-        state.shard, indices, stopwatch, options.on_images, pictures.keep if pictures.wanted else None
-    )
+    monitor = Monitor(state.shard, indices, stopwatch, options.on_images, pictures.keep if pictures.wanted else None)
     subset: Any = Subset(dataset, indices)
     subset.metainfo = dataset.metainfo
     workers = default_workers(spec.device) if options.workers is None else options.workers
@@ -97,12 +95,13 @@ def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: 
         return DATASETS.build(cfg)
 
 
-def _partial(count: int, available: int, benchmark: Benchmark) -> str | None:
+def _partial(count: int, available: int, expected: int | None) -> str | None:
+    """Why a run does not stand for the whole benchmark; generated data (``expected`` None) is whole as it is."""
     reasons = []
     if count < available:
         reasons.append(f"limited to the first {count} of {available} images")
-    if available != benchmark.expected_images:
-        reasons.append(f"the data has {available} images, the benchmark {benchmark.expected_images}")
+    if expected is not None and available != expected:
+        reasons.append(f"the data has {available} images, the benchmark {expected}")
     return "; ".join(reasons) or None
 
 

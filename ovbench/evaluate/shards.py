@@ -163,6 +163,6 @@ def _from_json(content: dict[str, Any], num_classes: int) -> ImageResult:
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"Cannot write '{path}': {error.strerror or error}. Finished images are kept; make room or permission, or choose "
-        "another folder with --results DIR, and continue with --resume."
+        f"Cannot write '{path}': {error.strerror or error}. Finished images are kept; make room or permission, or "
+        "choose another folder with --results DIR, and continue with --resume."
     )
