@@ -1,14 +1,16 @@
 """The one open-vocabulary segmenter in plain torch: images to cosine logits over words, and to label maps.
 
-Windows of all images of a batch go through the network together; logits stay at patch resolution until they are
-upsampled once per window batch into an accumulator. The result for an image does not depend on what else is in the
-batch: at a fixed ``window_batch`` to the bit (the last batch is padded, because matrix kernels change with the shape).
+Windows of all images of a batch go through the network together. Logits stay at patch resolution: averaging windows,
+upsampling and resizing to the label's size are one pair of small matrices (:mod:`ovbench.ops.assemble`). The result for
+an image does not depend on what else is in the batch: at a fixed ``window_batch`` to the bit (the last batch is padded,
+because matrix kernels change with the shape), else to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +20,14 @@ from torch import Tensor, nn
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import RunError, UsageError
 from ovbench.method import Method
-from ovbench.ops.labels import decide, resize
-from ovbench.ops.windows import Box, patch_padding, windows
+from ovbench.ops.assemble import assemble, axis_weights, block_matrix
+from ovbench.ops.labels import decide
+from ovbench.ops.windows import Box, patch_padding, starts
 from ovbench.spec import DType, Protocol, validated
 from ovbench.text import embed_words, templates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_WINDOWS = 32  # windows per forward when window_batch is not set
-UPSAMPLED_BYTES = 256 << 20  # of upsampled window logits held at a time
 Classes = Sequence[str | Sequence[str]]
 Stage = Callable[[str], AbstractContextManager[Any]]
 
@@ -46,6 +48,59 @@ def class_words(classes: Classes) -> list[list[str]]:
     return words
 
 
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where the windows of one image lie.
+
+    Attributes:
+        size: Network input (h, w) in pixels.
+        tops: First row of each row of windows.
+        lefts: First column of each column of windows.
+        window: Window size (h, w).
+        pad_rows: Pixels added above and below every window.
+        pad_columns: Pixels added left and right of every window.
+        patches: Values per window (h, w), known after the forward.
+    """
+
+    size: tuple[int, int]
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+    window: tuple[int, int]
+    pad_rows: tuple[int, int]
+    pad_columns: tuple[int, int]
+    patches: tuple[int, int] = (0, 0)
+
+    def boxes(self) -> list[Box]:
+        """Boxes (top, left, bottom, right) of all windows in reading order."""
+        height, width = self.window
+        return [(top, left, top + height, left + width) for top in self.tops for left in self.lefts]
+
+
+@dataclass(frozen=True)
+class PatchLogits:
+    """Cosine logits of one image before any upsampling.
+
+    Attributes:
+        values: Block matrix (R, C, Q), float32, of the patch values of all windows, words innermost.
+        plan: Where the windows lie.
+    """
+
+    values: Tensor
+    plan: WindowPlan
+
+    def weights(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Row weights (H, R) and column weights (W, C) to an output size, on the CPU."""
+        p = self.plan
+        return (
+            axis_weights(p.size[0], p.tops, p.window[0], p.patches[0], p.pad_rows, size[0]),
+            axis_weights(p.size[1], p.lefts, p.window[1], p.patches[1], p.pad_columns, size[1]),
+        )
+
+    def at(self, size: tuple[int, int]) -> Tensor:
+        """Window-averaged logits (Q, H, W), float32, resized bilinearly from the network input's size."""
+        return assemble(self.values, *self.weights(size))
+
+
 class OpenVocabModel(nn.Module):
     """A method, a vocabulary and a protocol.
 
@@ -54,7 +109,10 @@ class OpenVocabModel(nn.Module):
         classes: K classes, each a word or a list of words.
         protocol: Windows, scale and thresholds.
         dtype: Precision of the network; logits, softmax and sums stay float32.
-        window_batch: Windows per forward, the tail padded; None takes up to 32 and pads nothing.
+        window_batch: Windows per forward, the tail padded; None takes up to 32, pads nothing, and goes on with half of
+            them when memory runs out.
+        compile_mode: ``off``, or a mode of ``torch.compile`` (``default``; ``reduce-overhead`` uses CUDA graphs). Fixes
+            the window batch, so that one shape is compiled.
     """
 
     def __init__(
@@ -65,15 +123,21 @@ class OpenVocabModel(nn.Module):
         *,
         dtype: DType = "float32",
         window_batch: int | None = None,
+        compile_mode: str = "off",
     ) -> None:
         super().__init__()
         self.method = method
         self.protocol = protocol
         self.dtype: DType = dtype
-        self.window_batch = window_batch
+        self.window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
+        self._auto_batch = AUTO_WINDOWS
         self.stage: Stage = lambda name: nullcontext()
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
+        self.clip.use_precision(DTYPES[dtype])
+        self.network: Callable[[Tensor, Any], Tensor] = method.patch_logits
+        if compile_mode != "off":
+            self.network = torch.compile(method.patch_logits, mode=compile_mode, dynamic=False)
         self.eval()
 
     def set_classes(self, classes: Classes) -> None:
@@ -113,7 +177,7 @@ class OpenVocabModel(nn.Module):
         """
         _check_images(images)
         size = size or (images.shape[-2], images.shape[-1])
-        return torch.stack([resize(logits, size) for logits in self.window_logits(list(images))])
+        return torch.stack([found.at(size) for found in self.patch_logits(list(images))])
 
     @torch.inference_mode()
     def predict_labels(
@@ -129,16 +193,19 @@ class OpenVocabModel(nn.Module):
         batch = list(images)
         if len(sizes) != len(batch):
             raise ValueError(f"{len(batch)} images but {len(sizes)} sizes")
-        averaged = self.window_logits(batch, names)
+        found = self.patch_logits(batch, names)
         with self.stage("decide"):
-            return [self.decide(logits, size) for logits, size in zip(averaged, sizes, strict=True)]
+            return [self.decide(logits, size) for logits, size in zip(found, sizes, strict=True)]
 
-    def decide(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Label map (H, W) of averaged cosine logits (Q, h, w) under the protocol's scale and thresholds."""
+    @torch.inference_mode()
+    def decide(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
+        """Label map (H, W), int64, of one image under the protocol's scale and thresholds."""
         p = self.protocol
+        rows, columns = logits.weights(size)
         return decide(
-            logits,
-            size,
+            logits.values,
+            rows,
+            columns,
             self.word_class,  # type: ignore[arg-type]
             logit_scale=p.logit_scale,
             prob_thd=p.prob_thd,
@@ -150,55 +217,81 @@ class OpenVocabModel(nn.Module):
     def dense_features(self, image: Tensor) -> Tensor:
         """Dense features (h, w, D), float32, not normalised, of one whole RGB image (3, H, W)."""
         _check_images(image[None])
-        padded, _ = self._pad(self.clip.normalise(image[None].to(self.device)))
         with self._precision():
-            return self.method.features(padded)[0].float()
+            return self.method.features(self.network_input(image[None]))[0].float()
 
     @torch.inference_mode()
-    def window_logits(self, images: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Tensor]:
-        """Window-averaged cosine logits (Q, h, w), float32, of each image (3, h, w) at its own size."""
-        p = self.protocol
-        boxes: list[list[Box]] = []
-        for image in images:
-            h, w = image.shape[-2:]
-            boxes.append([(0, 0, h, w)] if p.mode == "whole" else windows(h, w, p.crop, p.stride))
-        q = len(self.query_words)
-        sums = [torch.zeros(q, *image.shape[-2:], device=self.device) for image in images]
-        for jobs in self._batches(boxes):
-            logits, pad = self._forward_windows(images, jobs, names)
-            with self.stage("upsample"):
-                _accumulate(sums, jobs, logits, pad)
-        with self.stage("upsample"):
-            for total, image_boxes in zip(sums, boxes, strict=True):
-                if len(image_boxes) > 1:
-                    count = torch.zeros(total.shape[-2:], device=self.device)
-                    for top, left, bottom, right in image_boxes:
-                        count[top:bottom, left:right] += 1
-                    total /= count
-        return sums
-
-    def _batches(self, boxes: list[list[Box]]) -> Iterator[list[tuple[int, Box]]]:
-        """Windows of equal size grouped over all images, ``window_batch`` at a time."""
+    def patch_logits(self, images: Sequence[Tensor], names: Sequence[str] | None = None) -> list[PatchLogits]:
+        """Cosine logits of all windows of each image (3, h, w), at patch resolution."""
+        plans = [self._plan(image) for image in images]
+        parts: list[list[Tensor]] = [[] for _ in images]
+        # windows of one size, over all images, in reading order
         groups: dict[tuple[int, int], list[tuple[int, Box]]] = {}
-        for index, image_boxes in enumerate(boxes):
-            for box in image_boxes:
-                groups.setdefault((box[2] - box[0], box[3] - box[1]), []).append((index, box))
-        step = self.window_batch or AUTO_WINDOWS
+        for index, plan in enumerate(plans):
+            groups.setdefault(plan.window, []).extend((index, box) for box in plan.boxes())
         for jobs in groups.values():
-            for first in range(0, len(jobs), step):
-                yield jobs[first : first + step]
+            done = 0
+            while done < len(jobs):
+                some = jobs[done : done + self.step]
+                logits = self._attempt(images, some, names)
+                if logits is None:  # out of memory: once more with half the windows
+                    continue
+                done += len(some)
+                for row, (index, _) in enumerate(some):
+                    parts[index].append(logits[row])
+        found = []
+        for plan, windows_of_image in zip(plans, parts, strict=True):
+            values = block_matrix(torch.stack(windows_of_image), len(plan.tops), len(plan.lefts))
+            grid = (windows_of_image[0].shape[-2], windows_of_image[0].shape[-1])
+            found.append(PatchLogits(values, replace(plan, patches=grid)))
+        return found
 
-    def _forward_windows(
+    def network_input(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w), RGB 0..255, normalised on the device and padded to whole patches where asked for."""
+        batch = self.clip.normalise(images.to(self.device, non_blocking=True))
+        left, right, top, bottom = self._padding(images.shape[-2], images.shape[-1])
+        return F.pad(batch, (left, right, top, bottom)) if left + right + top + bottom else batch
+
+    @property
+    def step(self) -> int:
+        """Windows per forward now."""
+        return self.window_batch or self._auto_batch
+
+    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return patch_padding(height, width, self.clip.patch) if self.protocol.patch_pad == "symmetric" else (0, 0, 0, 0)
+
+    def _plan(self, image: Tensor) -> WindowPlan:
+        p, (h, w) = self.protocol, (int(image.shape[-2]), int(image.shape[-1]))
+        crop, stride = (max(h, w), max(h, w)) if p.mode == "whole" else (p.crop, p.stride)
+        window = (min(crop, h), min(crop, w))
+        left, right, top, bottom = self._padding(*window)
+        return WindowPlan(
+            (h, w), tuple(starts(h, crop, stride)), tuple(starts(w, crop, stride)), window, (top, bottom), (left, right)
+        )
+
+    def _attempt(
         self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None
-    ) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """Patch logits (n, Q, h, w) of a window batch, and the padding (left, right, top, bottom) its input got."""
+    ) -> Tensor | None:
+        """Patch logits (n, Q, h, w) of some windows, or None after memory ran out and the step was halved."""
+        try:
+            return self._forward(images, jobs, names)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+            if not short or self.window_batch or self.step == 1:
+                raise
+        self._auto_batch = max(1, min(self._auto_batch, len(jobs)) // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _forward(self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None) -> Tensor:
         with self.stage("prepare"):
             crops = torch.stack([images[i][:, top:bottom, left:right] for i, (top, left, bottom, right) in jobs])
             if self.window_batch and len(jobs) < self.window_batch:
                 crops = torch.cat([crops, crops.new_zeros(self.window_batch - len(jobs), *crops.shape[1:])])
-            batch, pad = self._pad(self.clip.normalise(crops.to(self.device, non_blocking=True)))
+            batch = self.network_input(crops)
         with self.stage("backbone"), self._precision():
-            logits = self.method.patch_logits(batch, self.text)[: len(jobs)].float()  # type: ignore[arg-type]
+            logits = self.network(batch, self.text)[: len(jobs)].float()
         finite = logits.isfinite().flatten(1).all(dim=1)
         if not bool(finite.all()):
             index, box = jobs[int((~finite).nonzero()[0, 0])]
@@ -207,34 +300,12 @@ class OpenVocabModel(nn.Module):
                 f"NaN or infinity in the patch logits of {name}, window {box} (stage: backbone, {self.dtype}). "
                 f"{'Try --dtype float32 or bfloat16.' if self.dtype == 'float16' else 'Check the weights file.'}"
             )
-        return logits, pad
-
-    def _pad(self, batch: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        pad = (0, 0, 0, 0)
-        if self.protocol.patch_pad == "symmetric":
-            pad = patch_padding(batch.shape[-2], batch.shape[-1], self.clip.patch)
-        return (F.pad(batch, pad) if any(pad) else batch), pad
+        return logits
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
-
-
-def _accumulate(
-    sums: list[Tensor], jobs: list[tuple[int, Box]], logits: Tensor, pad: tuple[int, int, int, int]
-) -> None:
-    """Add window logits (n, Q, h, w), upsampled to their windows, to their images' sums, words in chunks."""
-    top, left, bottom, right = jobs[0][1]
-    height, width = bottom - top, right - left
-    full = (height + pad[2] + pad[3], width + pad[0] + pad[1])
-    chunk = max(1, UPSAMPLED_BYTES // (4 * len(jobs) * full[0] * full[1]))
-    for first in range(0, logits.shape[1], chunk):
-        words = slice(first, first + chunk)
-        up = F.interpolate(logits[:, words], size=full, mode="bilinear", align_corners=False)
-        up = up[..., pad[2] : pad[2] + height, pad[0] : pad[0] + width]
-        for row, (index, box) in enumerate(jobs):
-            sums[index][words, box[0] : box[2], box[1] : box[3]] += up[row]
 
 
 def _check_images(images: Tensor) -> None:

@@ -83,7 +83,7 @@ def test_record_and_files(plain: tuple[RunRecord, Path], voc: Path) -> None:
     cost = record.efficiency
     assert cost is not None and cost.latency_ms is not None
     assert cost.latency_ms.n == IMAGES
-    assert set(cost.stages_ms) == {"prepare", "backbone", "upsample", "decide"}
+    assert set(cost.stages_ms) == {"prepare", "backbone", "decide"}
     assert cost.gflops == pytest.approx(2 * cost.gmacs)
     assert cost.input == "1x3x96x96, one forward; the first image takes 6"
     assert record.provenance.dataset_fingerprint == benchmark.fingerprint(voc)

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 # From the ground up. A module may import from lower layers and from its own package, nowhere else; the longest name that
 # fits decides. Imports inside functions count as well.
 LAYERS = (
-    ("_version", "errors", "paths"),
+    ("_version", "errors", "hashing", "paths"),
     ("compat", "ops", "profile", "pictures", "builtin", "registry"),
     ("spec", "backbones", "benchmarks"),
     ("text", "method", "results"),

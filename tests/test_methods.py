@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_clip import photo, save_tiny
@@ -79,12 +81,12 @@ def test_lower_precision_is_close(method: Method, dtype: str) -> None:
 def test_window_batches_do_not_change_the_result(method: Method) -> None:
     images = [photo(250, 330, seed=1), photo(330, 250, seed=2), photo(240, 240, seed=3)]
     model = model_of(method, window_batch=4)
-    together = model.window_logits(images)
-    for image, logits in zip(images, together, strict=True):
-        assert torch.equal(model.window_logits([image])[0], logits)  # to the bit: the tail is padded
-    free = model_of(method).window_logits(images)
+    together = model.patch_logits(images)
+    for image, found in zip(images, together, strict=True):
+        assert torch.equal(model.patch_logits([image])[0].values, found.values)  # to the bit: the tail is padded
+    free = model_of(method).patch_logits(images)
     for one, other in zip(together, free, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.at((90, 120)), other.at((90, 120)), rtol=1e-4, atol=1e-5)
 
 
 def test_whole_and_slide_agree_when_one_window_covers_the_image(method: Method) -> None:
@@ -108,7 +110,53 @@ def test_slide_equals_a_plain_loop_over_windows(method: Method) -> None:
                 logits, (224, 224), mode="bilinear"
             )[0]
             count[top : top + 224, left : left + 224] += 1
-    torch.testing.assert_close(model.window_logits([image])[0], total / count, rtol=1e-4, atol=1e-5)
+    expected = total / count
+    torch.testing.assert_close(model.seg_logits(image[None])[0], expected, rtol=1e-4, atol=1e-5)
+    for size in ((500, 640), (97, 131)):
+        resized = torch.nn.functional.interpolate(expected[None], size, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(model.seg_logits(image[None], size), resized, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_halves_the_windows(clip: DenseCLIP) -> None:
+    images = [photo(250, 330, seed=1), photo(240, 330, seed=2)]
+    model = OpenVocabModel(method_class("clip").build(clip), CLASSES, protocol("common"))
+    expected = model.predict_labels(images, [(60, 80)] * 2)
+    network, batches = model.network, []
+
+    def scarce(batch: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        batches.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return network(batch, text)
+
+    model.network = scarce
+    found = model.predict_labels(images, [(60, 80)] * 2)
+    assert batches == [8, 4, 2, 2, 2, 2]
+    for one, other in zip(found, expected, strict=True):
+        assert (one == other).double().mean() > 0.999
+    model.predict_labels(images, [(60, 80)] * 2)
+    assert batches[6:] == [2, 2, 2, 2]  # learned
+    model.window_batch = 5
+    with pytest.raises(torch.OutOfMemoryError):
+        model.predict_labels(images, [(60, 80)] * 2)
+
+
+def test_compiled_network_gives_the_same(clip: DenseCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch reaches torch.compile and pads to one shape; the compiler itself is torch's business."""
+    asked = {}
+
+    def compile(function: Any, **options: Any) -> Any:
+        asked.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    method = method_class("clip").build(clip)
+    plain = OpenVocabModel(method, CLASSES, protocol("common"))
+    fixed = OpenVocabModel(method, CLASSES, protocol("common"), compile_mode="reduce-overhead")
+    assert asked == {"mode": "reduce-overhead", "dynamic": False}
+    assert fixed.step == 32
+    image = photo(230, 260)[None]
+    torch.testing.assert_close(fixed.seg_logits(image), plain.seg_logits(image), rtol=1e-4, atol=1e-5)
 
 
 def test_patch_padding_keeps_the_image_in_place(method: Method) -> None:

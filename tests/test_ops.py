@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovbench.ops import labels
+from ovbench.ops import assemble as assembling
 from ovbench.ops.areas import areas
+from ovbench.ops.assemble import assemble, axis_weights, block_matrix, linear_weights, resize_weights
 from ovbench.ops.labels import decide
 from ovbench.ops.windows import patch_padding, starts, windows
 
@@ -70,25 +71,67 @@ def naive(
 
 @pytest.mark.parametrize("rule", ["background", "next-best"])
 @pytest.mark.parametrize(("prob_thd", "area_thd"), [(0.0, None), (0.25, None), (0.0, 0.2), (0.2, 0.2), (0.9, 1.0)])
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("strip", [1, 3, 1000])
 def test_decide_equals_the_naive_protocol(
-    rule: str, prob_thd: float, area_thd: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+    rule: str, prob_thd: float, area_thd: float | None, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (31, 43)
-    monkeypatch.setattr(labels, "CHUNK_BYTES", chunk * 4 * size[0] * size[1])
+    monkeypatch.setattr(assembling, "STRIP_BYTES", {"cpu": strip * 4 * size[1] * 8})
+    monkeypatch.setattr(assembling, "WIDE_BYTES", 1 << 30 if strip > 1 else 0)
     word_class = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
     for seed in range(5):
         logits = torch.randn(8, 12, 17, generator=torch.Generator().manual_seed(seed)) * 0.1
-        found = decide(logits, size, word_class, logit_scale=20, prob_thd=prob_thd, area_thd=area_thd, area_rule=rule)
+        found = decide(
+            logits.permute(1, 2, 0),
+            *resize_weights((12, 17), size),
+            word_class,
+            logit_scale=20,
+            prob_thd=prob_thd,
+            area_thd=area_thd,
+            area_rule=rule,
+        )
         expected = naive(logits, size, word_class, 20, prob_thd, area_thd, rule)
         assert found.dtype == torch.int64
         assert (found == expected).float().mean() > 0.998  # rounding at ties and thresholds only
 
 
 def test_decide_on_one_word_and_ties() -> None:
-    assert torch.equal(decide(torch.zeros(1, 2, 2), (4, 4), torch.tensor([0])), torch.zeros(4, 4, dtype=torch.int64))
-    tied = decide(torch.zeros(3, 2, 2), (2, 2), torch.tensor([0, 1, 2]))
-    assert torch.equal(tied, torch.zeros(2, 2, dtype=torch.int64))
+    weights = resize_weights((2, 2), (4, 4))
+    assert torch.equal(decide(torch.zeros(2, 2, 1), *weights, torch.tensor([0])), torch.zeros(4, 4, dtype=torch.int64))
+    tied = decide(torch.zeros(2, 2, 3), *weights, torch.tensor([0, 1, 2]))
+    assert torch.equal(tied, torch.zeros(4, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("length", "out"), [(14, 224), (224, 14), (5, 5), (1, 7), (7, 1), (21, 40)])
+def test_linear_weights_are_interpolate(length: int, out: int) -> None:
+    x = torch.randn(3, 1, length, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(x, size=out, mode="linear", align_corners=False)
+    torch.testing.assert_close(x @ linear_weights(length, out).T, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 10_000, 1 << 30])
+@pytest.mark.parametrize("size", [(90, 110), (200, 301), (20, 17)])
+def test_assemble_equals_upsampling_every_window(
+    strip_bytes: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembling, "STRIP_BYTES", {"cpu": strip_bytes})
+    h, w, crop, stride, patches, pad = 90, 110, 40, 25, 3, (3, 5)
+    logits = torch.randn(12 + 4, 4, patches, patches, generator=torch.Generator().manual_seed(0))
+    tops, lefts = tuple(starts(h, crop, stride)), tuple(starts(w, crop, stride))
+    logits = logits[: len(tops) * len(lefts)]
+    total, count = torch.zeros(4, h, w), torch.zeros(h, w)
+    for index, (top, left) in enumerate((t, u) for t in tops for u in lefts):
+        up = F.interpolate(logits[index : index + 1], (crop + 8, crop + 8), mode="bilinear", align_corners=False)[0]
+        total[:, top : top + crop, left : left + crop] += up[:, 3 : 3 + crop, 3 : 3 + crop]
+        count[top : top + crop, left : left + crop] += 1
+    expected = F.interpolate((total / count)[None], size, mode="bilinear", align_corners=False)[0]
+    found = assemble(
+        block_matrix(logits, len(tops), len(lefts)),
+        axis_weights(h, tops, crop, patches, pad, size[0]),
+        axis_weights(w, lefts, crop, patches, pad, size[1]),
+    )
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_areas_against_a_double_loop() -> None:

@@ -156,6 +156,20 @@ class DenseCLIP(nn.Module):
         grid = self.visual.grid_size
         return grid[0] * self.patch, grid[1] * self.patch
 
+    def use_precision(self, dtype: torch.dtype) -> None:
+        """Keep the vision tower's matrices in ``dtype``, so that autocast need not convert them at every forward.
+
+        Norms, embeddings and the text tower stay float32. Going back to float32 does not restore lost digits.
+        """
+        for module in self.visual.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+            elif isinstance(module, nn.MultiheadAttention):
+                for name in ("in_proj_weight", "in_proj_bias"):
+                    parameter = getattr(module, name)
+                    parameter.data = parameter.data.to(dtype)
+        self.visual.proj.data = self.visual.proj.data.to(dtype)
+
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 of any dtype, as float32 with the weights' own mean and deviation."""
         return (images.float() - self.mean) / self.std  # type: ignore[operator]

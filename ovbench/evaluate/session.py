@@ -196,7 +196,7 @@ def _count(model: OpenVocabModel, dataset: Any) -> tuple[flops.Flops, str]:
         found = windows(height, width, protocol.crop, protocol.stride)
         boxes = len(found)
         height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]
-    batch, _ = model._pad(torch.zeros(1, 3, height, width, device=model.device))
+    batch = model.network_input(torch.zeros(1, 3, height, width))
     counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
     shape = "x".join(str(side) for side in batch.shape)
     return counted, f"{shape}, one forward; the first image takes {boxes}"

@@ -1,0 +1,96 @@
+"""From patch logits of overlapping windows to any output size, as two small matrix products.
+
+Upsampling a window bilinearly, averaging overlapping windows and resizing the average are linear, and each acts on rows
+and columns alone, because windows lie on a grid. So the logits of a word at the output are ``A P B^T``: P holds the patch
+values of all windows in a block matrix, A and B the interpolation and averaging weights of the rows and the columns.
+Nothing is ever held at image size for all words: the product is taken in strips of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A strip should stay in a CPU's cache; a GPU wants few, large kernels.
+STRIP_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+WIDE_BYTES = 256 << 20  # of values that are resized along the columns for all rows at once
+
+
+@lru_cache(maxsize=256)
+def linear_weights(length: int, out: int) -> Tensor:
+    """Bilinear weights along one side (out, length), float32: ``F.interpolate(..., align_corners=False)`` as a matrix."""
+    identity = torch.eye(length, dtype=torch.float64)[None]  # (1, channels, length)
+    return F.interpolate(identity, size=out, mode="linear", align_corners=False)[0].T.float().contiguous()
+
+
+@lru_cache(maxsize=256)
+def axis_weights(
+    length: int, starts: tuple[int, ...], window: int, patches: int, pad: tuple[int, int], out: int
+) -> Tensor:
+    """Weights (out, windows * patches), float32, from the patch values of all windows along one side to the output.
+
+    Args:
+        length: Side of the network input in pixels.
+        starts: First pixel of each window.
+        window: Side of a window in pixels.
+        patches: Values per window along this side.
+        pad: Pixels that were added before and behind every window.
+        out: Side of the output in pixels.
+    """
+    up = linear_weights(patches, window + sum(pad)).double()[pad[0] : pad[0] + window]  # (window, patches)
+    blocks = torch.zeros(length, len(starts), patches, dtype=torch.float64)
+    for index, start in enumerate(starts):
+        blocks[start : start + window, index] = up
+    covered = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        covered[start : start + window] += 1
+    weights = blocks.flatten(1) / covered[:, None]
+    if out != length:
+        weights = linear_weights(length, out).double() @ weights
+    return weights.float().contiguous()
+
+
+def block_matrix(logits: Tensor, rows: int, columns: int) -> Tensor:
+    """Patch values (rows * h, columns * w, Q) of one image from its window logits (rows * columns, Q, h, w).
+
+    Windows are in reading order.
+    """
+    _, q, h, w = logits.shape
+    return logits.view(rows, columns, q, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, q)
+
+
+def strips(values: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Output values strip by strip: first row, and (s, W, Q) float32 with the words innermost.
+
+    Args:
+        values: (R, C, Q), float32.
+        rows: Weights (H, R) on the CPU, non-zero only around the diagonal blocks.
+        columns: Weights (W, C) on the CPU.
+    """
+    height, (width, q) = rows.shape[0], (columns.shape[0], values.shape[2])
+    columns = columns.to(values.device)
+    step = max(1, STRIP_BYTES.get(values.device.type, 64 << 20) // (4 * width * q))
+    wide = columns @ values if 4 * values.shape[0] * width * q <= WIDE_BYTES else None  # (R, W, Q)
+    for first in range(0, height, step):
+        part = rows[first : first + step]
+        used = (part != 0).any(dim=0).nonzero()[:, 0]  # a strip sees few rows of patches
+        weights, index = part[:, used].to(values.device), used.to(values.device)
+        source = wide[index] if wide is not None else columns @ values[index]
+        yield first, (weights @ source.flatten(1)).view(-1, width, q)
+
+
+def assemble(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Output values (Q, H, W), float32, contiguous; arguments as in :func:`strips`."""
+    out = values.new_empty(values.shape[2], rows.shape[0], columns.shape[0])
+    for first, part in strips(values, rows, columns):
+        out[:, first : first + part.shape[0]] = part.permute(2, 0, 1)
+    return out
+
+
+def resize_weights(size: Sequence[int], out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row and column weights that resize (h, w) to (H, W) bilinearly."""
+    return linear_weights(size[0], out[0]), linear_weights(size[1], out[1])
