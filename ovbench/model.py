@@ -324,6 +324,7 @@ def build_model(
     dtype: DType = "float32",
     device: str = "cpu",
     window_batch: int | None = None,
+    compile_mode: str = "off",
     activation: Any = "auto",
     seed: int = 0,
     method_options: dict[str, Any] | None = None,
@@ -341,6 +342,7 @@ def build_model(
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: Torch device.
         window_batch: Windows per forward; None takes up to 32.
+        compile_mode: ``off`` or a mode of ``torch.compile``.
         activation: ``auto``, ``gelu`` or ``quickgelu`` for weight files.
         seed: Seed of random weights.
         method_options: The method's own options.
@@ -371,7 +373,9 @@ def build_model(
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     require_device(device)
     clip = load_clip(weights, arch, activation=activation, seed=seed, device=device)
-    return OpenVocabModel(cls(clip, config), words, chosen, dtype=dtype, window_batch=window_batch)
+    return OpenVocabModel(
+        cls(clip, config), words, chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
+    )
 
 
 def require_device(device: str) -> None:

@@ -140,7 +140,12 @@ class RunSpec(BaseModel):
     activation: Literal["auto", "gelu", "quickgelu"] = Field(
         "auto", description="activation of the towers; auto is replaced by what the weights say"
     )
-    window_batch: int | None = Field(None, ge=1, description="windows per forward, tail padded; None = all of a batch")
+    window_batch: int | None = Field(
+        None, ge=1, description="windows per forward, the tail padded; None = up to 32, halved when memory runs out"
+    )
+    compile_mode: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        "off", description="torch.compile of the network; reduce-overhead uses CUDA graphs"
+    )
     limit: int | None = Field(None, ge=1, description="only the first N images (marks the run partial)")
     seed: int = Field(0, description="seed of random weights")
     demo: bool = Field(

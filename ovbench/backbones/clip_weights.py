@@ -7,6 +7,7 @@ architecture names its own. A wrong one costs points without any error, so it is
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -255,10 +256,13 @@ def _create(arch: str, *, quick_gelu: bool) -> nn.Module:
     """An open_clip model with fresh weights and exactly the wanted activation."""
     import open_clip
 
-    if not quick_gelu and _arch_config(arch).get("quick_gelu"):
-        model: nn.Module = open_clip.create_model(arch, precision="fp32", pretrained_text=False, quick_gelu=False)
-    else:
-        model = open_clip.create_model(arch, precision="fp32", pretrained_text=False, force_quick_gelu=quick_gelu)
+    chosen = {"quick_gelu": False} if not quick_gelu else {"force_quick_gelu": True}
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random, which is what is wanted here
+    try:
+        model: nn.Module = open_clip.create_model(arch, precision="fp32", pretrained_text=False, **chosen)
+    finally:
+        logging.disable(previous)
     return model
 
 

@@ -49,7 +49,8 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.", rich_help_panel=WORK)] = 1,
-    window_batch: Annotated[int | None, typer.Option(help="Windows per forward, tail padded; default: all of a step, up to 32.", rich_help_panel=WORK)] = None,
+    window_batch: Annotated[str, typer.Option(metavar="auto|N", help="Windows per forward. auto: up to 32, halved when memory runs out. N: exactly N, the tail padded, so that results are equal to the bit for any --batch.", rich_help_panel=WORK)] = "auto",
+    compile_mode: Annotated[str, typer.Option("--compile", metavar="MODE", help="torch.compile: off, default, reduce-overhead (CUDA graphs) or max-autotune. Pays off on long runs on a GPU only.", rich_help_panel=WORK)] = "off",
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images; marks the run partial.", rich_help_panel=WORK)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the same spec and data.", rich_help_panel=WORK)] = False,
@@ -101,7 +102,8 @@ def run(
             "activation": activation,
             "dtype": dtype,
             "device": device or default_device(),
-            "window_batch": window_batch,
+            "window_batch": parse_window_batch(window_batch),
+            "compile_mode": compile_mode,
             "limit": limit,
             "seed": seed,
             "demo": demo,
@@ -147,6 +149,19 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_window_batch(text: str) -> int | None:
+    """``"auto"`` as None, a number as it is.
+
+    Raises:
+        UsageError: Neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--window-batch {text!r}: give auto or a number from 1 up.")
+    return int(text)
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         "dtype": spec.dtype,
         "device": spec.device,
         "window_batch": spec.window_batch,
+        "compile_mode": spec.compile_mode,
         "protocol": spec.protocol.model_dump(mode="json"),
         "method_options": dict(spec.method_options),
     }

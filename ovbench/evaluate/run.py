@@ -188,7 +188,9 @@ def _evaluate(state: _State) -> None:
         }
     )
     options.on_message(f"{spec.method} on {spec.dataset}: {clip.arch}, {spec.weights}, {protocol.name} protocol")
-    model = OpenVocabModel(method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch)
+    model = OpenVocabModel(
+        method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
+    )
 
     from ovbench.evaluate.session import evaluate_images
 
