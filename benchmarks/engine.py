@@ -202,8 +202,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     results = []
-    head = f"{'case':14} {'dtype':9} {'plain ms':>9} {'ours ms':>9} {'straight ms':>11} {'ours/plain':>10} {'straight/ours':>13} {'straight/plain':>14} {'agree %':>8}"
-    print(head)
+    print(
+        f"{'case':14} {'dtype':9} {'plain ms':>9} {'ours ms':>9} {'straight ms':>11} "
+        f"{'ours/plain':>10} {'straight/ours':>13} {'straight/plain':>14} {'agree %':>8}"
+    )
     for case in arguments.case or CASES:
         for dtype in arguments.dtype or ["float32", "bfloat16"]:
             found = measure(case, dtype, arguments.repeats)

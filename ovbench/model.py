@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import RunError, UsageError
 from ovbench.method import Method
-from ovbench.ops.assemble import assemble, axis_weights, block_matrix
+from ovbench.ops.assemble import Weights, assemble, axis_weights, block_matrix
+from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
+from ovbench.ops.pamr import pamr
 from ovbench.ops.windows import Box, patch_padding, starts
 from ovbench.spec import DType, Protocol, validated
 from ovbench.text import embed_words, templates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO_WINDOWS = 32  # windows per forward when window_batch is not set
+AUTO_WINDOWS = 32  # windows per forward when window_batch is not set, of 224 x 224 pixels; fewer of larger ones
 Classes = Sequence[str | Sequence[str]]
 Stage = Callable[[str], AbstractContextManager[Any]]
 
@@ -83,12 +85,14 @@ class PatchLogits:
     Attributes:
         values: Block matrix (R, C, Q), float32, of the patch values of all windows, words innermost.
         plan: Where the windows lie.
+        image: The network input (3, h, w), RGB 0..255, that refinements are guided by.
     """
 
     values: Tensor
     plan: WindowPlan
+    image: Tensor
 
-    def weights(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def weights(self, size: tuple[int, int]) -> Weights:
         """Row weights (H, R) and column weights (W, C) to an output size, on the CPU."""
         p = self.plan
         return (
@@ -98,7 +102,7 @@ class PatchLogits:
 
     def at(self, size: tuple[int, int]) -> Tensor:
         """Window-averaged logits (Q, H, W), float32, resized bilinearly from the network input's size."""
-        return assemble(self.values, *self.weights(size))
+        return assemble(self.values, self.weights(size))
 
 
 class OpenVocabModel(nn.Module):
@@ -201,17 +205,36 @@ class OpenVocabModel(nn.Module):
     def decide(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
         """Label map (H, W), int64, of one image under the protocol's scale and thresholds."""
         p = self.protocol
-        rows, columns = logits.weights(size)
+        weights: Weights | None = None
+        if p.pamr or p.upsample != "bilinear":
+            values = self.refine(logits, size).permute(1, 2, 0)
+        else:
+            values, weights = logits.values, logits.weights(size)
         return decide(
-            logits.values,
-            rows,
-            columns,
+            values,
+            weights,
             self.word_class,  # type: ignore[arg-type]
             logit_scale=p.logit_scale,
             prob_thd=p.prob_thd,
             area_thd=p.area_thd,
             area_rule=p.area_rule,
         )
+
+    @torch.inference_mode()
+    def refine(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
+        """Window-averaged logits (Q, H, W) under the protocol's upsampling and PAMR, guided by the image.
+
+        Both work at the output size, on the network input resized to it, as NACLIP's code does with PAMR.
+        """
+        p, (h, w) = self.protocol, logits.plan.size
+        image = logits.image.to(self.device).float() / 255
+        guide = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+        if p.upsample == "jbu":
+            patch = self.clip.patch
+            full = jbu(logits.at((max(1, round(h / patch)), max(1, round(w / patch)))), guide)
+        else:
+            full = logits.at(size)
+        return pamr(full, guide, iterations=p.pamr, dilations=p.pamr_dilations) if p.pamr else full
 
     @torch.inference_mode()
     def dense_features(self, image: Tensor) -> Tensor:
@@ -229,10 +252,10 @@ class OpenVocabModel(nn.Module):
         groups: dict[tuple[int, int], list[tuple[int, Box]]] = {}
         for index, plan in enumerate(plans):
             groups.setdefault(plan.window, []).extend((index, box) for box in plan.boxes())
-        for jobs in groups.values():
+        for window, jobs in groups.items():
             done = 0
             while done < len(jobs):
-                some = jobs[done : done + self.step]
+                some = jobs[done : done + self.step(window)]
                 logits = self._attempt(images, some, names)
                 if logits is None:  # out of memory: once more with half the windows
                     continue
@@ -240,10 +263,10 @@ class OpenVocabModel(nn.Module):
                 for row, (index, _) in enumerate(some):
                     parts[index].append(logits[row])
         found = []
-        for plan, windows_of_image in zip(plans, parts, strict=True):
+        for image, plan, windows_of_image in zip(images, plans, parts, strict=True):
             values = block_matrix(torch.stack(windows_of_image), len(plan.tops), len(plan.lefts))
             grid = (windows_of_image[0].shape[-2], windows_of_image[0].shape[-1])
-            found.append(PatchLogits(values, replace(plan, patches=grid)))
+            found.append(PatchLogits(values, replace(plan, patches=grid), image))
         return found
 
     def network_input(self, images: Tensor) -> Tensor:
@@ -252,10 +275,9 @@ class OpenVocabModel(nn.Module):
         left, right, top, bottom = self._padding(images.shape[-2], images.shape[-1])
         return F.pad(batch, (left, right, top, bottom)) if left + right + top + bottom else batch
 
-    @property
-    def step(self) -> int:
-        """Windows per forward now."""
-        return self.window_batch or self._auto_batch
+    def step(self, window: tuple[int, int]) -> int:
+        """Windows of this size (h, w) that go through the network in one forward now."""
+        return self.window_batch or max(1, self._auto_batch * 224**2 // max(window[0] * window[1], 224**2))
 
     def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         return patch_padding(height, width, self.clip.patch) if self.protocol.patch_pad == "symmetric" else (0, 0, 0, 0)
@@ -277,9 +299,11 @@ class OpenVocabModel(nn.Module):
             return self._forward(images, jobs, names)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-            if not short or self.window_batch or self.step == 1:
+            if not short or self.window_batch or len(jobs) == 1:
                 raise
-        self._auto_batch = max(1, min(self._auto_batch, len(jobs)) // 2)
+        box = jobs[0][1]
+        while self.step((box[2] - box[0], box[3] - box[1])) > max(1, len(jobs) // 2):
+            self._auto_batch -= 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

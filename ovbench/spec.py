@@ -54,6 +54,11 @@ class Protocol(BaseModel):
         description="where pixels of a dropped class go: to the background, or to the most probable class that is left "
         "(what the public code does, in spite of its comment)",
     )
+    upsample: Literal["bilinear", "jbu"] = Field(
+        "bilinear", description="patch logits to the input's size: bilinear, or joint bilateral guided by the image"
+    )
+    pamr: int = Field(0, ge=0, description="iterations of PAMR on the logits at the input's size; 0 = off")
+    pamr_dilations: tuple[int, ...] = Field((8, 16), description="dilations of PAMR's neighbourhoods in pixels")
     wording: str = Field("sclip", description="named class word list of the benchmark")
     wording_sha256: str | None = Field(None, description="hash of the words used; filled in by the run")
     templates: str = Field("imagenet80", description="prompt templates: imagenet80, plain, or a file's name")

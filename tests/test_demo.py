@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ovbench
 import pytest
 import torch
+from ovbench.methods.clip import Clip
 from PIL import Image
 
+import ovbench
 from ovbench import benchmarks
 from ovbench.benchmarks.synth import synth
-from ovbench.methods.clip import Clip
 
 IMAGES = 8
 # Half of what was measured with the committed weights (docs/demo.md), so that only a fault falls below.

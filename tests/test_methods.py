@@ -154,7 +154,8 @@ def test_compiled_network_gives_the_same(clip: DenseCLIP, monkeypatch: pytest.Mo
     plain = OpenVocabModel(method, CLASSES, protocol("common"))
     fixed = OpenVocabModel(method, CLASSES, protocol("common"), compile_mode="reduce-overhead")
     assert asked == {"mode": "reduce-overhead", "dynamic": False}
-    assert fixed.step == 32
+    assert fixed.step((224, 224)) == fixed.step((2000, 3000)) == 32
+    assert plain.step((100, 224)) == 32 and plain.step((448, 448)) == 8 and plain.step((2000, 3000)) == 1
     image = photo(230, 260)[None]
     torch.testing.assert_close(fixed.seg_logits(image), plain.seg_logits(image), rtol=1e-4, atol=1e-5)
 
@@ -204,3 +205,30 @@ def test_method_options() -> None:
         cls.configure({"beta": "high"})
     with pytest.raises(UsageError, match=r"Unknown method 'scclip'. Did you mean: sc-clip"):
         method_info("scclip")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pamr": 3, "pamr_dilations": (1, 2)}, {"upsample": "jbu"}, {"upsample": "jbu", "pamr": 1}]
+)
+def test_refinements_follow_the_image(clip: DenseCLIP, fields: dict[str, Any]) -> None:
+    """Logits are moved towards the picture's edges, at the output's size, and the switch lands in the protocol."""
+    image = torch.full((3, 160, 208), 30, dtype=torch.uint8)
+    image[:, :, 100:] = 220  # an edge that no patch border meets
+    method = method_class("clip").build(clip)
+    plain = OpenVocabModel(method, CLASSES, protocol("common"))
+    refined = OpenVocabModel(method, CLASSES, protocol("common", **fields))
+    assert set(refined.protocol.overrides) == set(fields)
+    for size in ((160, 208), (90, 131)):
+        [before], [after] = plain.patch_logits([image]), refined.patch_logits([image])
+        assert torch.equal(before.values, after.values)
+        logits = refined.refine(after, size)
+        assert logits.shape == (5, *size) and logits.isfinite().all()
+        edge = round(100 * size[1] / 208)
+        steps = (logits[..., 1:] - logits[..., :-1]).abs().mean(dim=(0, 1))
+        smooth = (before.at(size)[..., 1:] - before.at(size)[..., :-1]).abs().mean(dim=(0, 1))
+        assert steps[edge - 2 : edge + 1].max() > smooth[edge - 2 : edge + 1].max()
+        [labels] = refined.predict_labels([image], [size])
+        assert (
+            torch.equal(labels, refined.word_class[logits.argmax(dim=0)])
+            or (labels == refined.word_class[logits.argmax(dim=0)]).double().mean() > 0.99
+        )

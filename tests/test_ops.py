@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ovbench.ops import assemble as assembling
 from ovbench.ops.areas import areas
-from ovbench.ops.assemble import assemble, axis_weights, block_matrix, linear_weights, resize_weights
+from ovbench.ops.assemble import assemble, axis_weights, block_matrix, linear_weights
 from ovbench.ops.labels import decide
 from ovbench.ops.windows import patch_padding, starts, windows
 
@@ -83,7 +83,7 @@ def test_decide_equals_the_naive_protocol(
         logits = torch.randn(8, 12, 17, generator=torch.Generator().manual_seed(seed)) * 0.1
         found = decide(
             logits.permute(1, 2, 0),
-            *resize_weights((12, 17), size),
+            (linear_weights(12, size[0]), linear_weights(17, size[1])),
             word_class,
             logit_scale=20,
             prob_thd=prob_thd,
@@ -96,9 +96,9 @@ def test_decide_equals_the_naive_protocol(
 
 
 def test_decide_on_one_word_and_ties() -> None:
-    weights = resize_weights((2, 2), (4, 4))
-    assert torch.equal(decide(torch.zeros(2, 2, 1), *weights, torch.tensor([0])), torch.zeros(4, 4, dtype=torch.int64))
-    tied = decide(torch.zeros(2, 2, 3), *weights, torch.tensor([0, 1, 2]))
+    weights = (linear_weights(2, 4), linear_weights(2, 4))
+    assert torch.equal(decide(torch.zeros(2, 2, 1), weights, torch.tensor([0])), torch.zeros(4, 4, dtype=torch.int64))
+    tied = decide(torch.zeros(2, 2, 3), weights, torch.tensor([0, 1, 2]))
     assert torch.equal(tied, torch.zeros(4, 4, dtype=torch.int64))
 
 
@@ -127,8 +127,7 @@ def test_assemble_equals_upsampling_every_window(
     expected = F.interpolate((total / count)[None], size, mode="bilinear", align_corners=False)[0]
     found = assemble(
         block_matrix(logits, len(tops), len(lefts)),
-        axis_weights(h, tops, crop, patches, pad, size[0]),
-        axis_weights(w, lefts, crop, patches, pad, size[1]),
+        (axis_weights(h, tops, crop, patches, pad, size[0]), axis_weights(w, lefts, crop, patches, pad, size[1])),
     )
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -75,7 +75,7 @@ def test_metrics_of_nothing_are_null():
     ids=["more than predicted", "wrong union", "negative", "two for one class"],
 )
 def test_contradictory_areas_are_refused(areas):
-    with pytest.raises(ValueError, match="areas|Areas"):
+    with pytest.raises(ValueError, match=r"areas|Areas"):
         metrics_from_areas(["sky"], *areas, images=1)
 
 
@@ -163,7 +163,7 @@ def test_a_schema_version_that_is_none_is_refused(version):
 
 
 def test_a_newer_schema_version_asks_for_a_newer_ovbench():
-    with pytest.raises(DataError, match="schema version 99.*Install a newer ovbench"):
+    with pytest.raises(DataError, match=r"schema version 99.*Install a newer ovbench"):
         migrate({"schema_version": 99})
 
 

@@ -53,7 +53,6 @@ def predict(
 
     from ovbench import pictures
     from ovbench.model import build_model
-    from ovbench.ops.labels import resize
 
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
@@ -81,9 +80,9 @@ def predict(
         2, 0, 1
     )
     height, width = rgb.shape[:2]
-    averaged = model.window_logits([network_input], [str(image)])[0]
+    found = model.patch_logits([network_input], [str(image)])[0]
     with torch.inference_mode():
-        labels = model.decide(averaged, (height, width)).cpu().numpy()
+        labels = model.decide(found, (height, width)).cpu().numpy()
     if source == "builtin":
         say("The built-in CLIP knows drawn scenes only: on photographs its answers mean nothing.")
     names = [entry[0] for entry in model.words]
@@ -103,7 +102,7 @@ def predict(
             files["overlay"] = overlay
         if save_logits is not None:
             _parent(save_logits)
-            full = resize(averaged, (height, width)).cpu().numpy()
+            full = found.at((height, width)).cpu().numpy()
             with save_logits.open("wb") as file:
                 np.savez(file, seg_logits=full, words=np.array(model.query_words))
             files["logits"] = save_logits

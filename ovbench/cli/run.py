@@ -42,6 +42,8 @@ def run(
     prob_thd: Annotated[float | None, typer.Option(help="Below this probability: background.", rich_help_panel=PROTOCOL)] = None,
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share of the foreground are dropped.", rich_help_panel=PROTOCOL)] = None,
     area_rule: Annotated[str | None, typer.Option(help="Where dropped pixels go: background or next-best.", rich_help_panel=PROTOCOL)] = None,
+    upsample: Annotated[str | None, typer.Option(help="Patch logits to the input's size: bilinear or jbu.", rich_help_panel=PROTOCOL)] = None,
+    pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     wording: Annotated[str | None, typer.Option(help="Named word list of the benchmark, or a file: one class per line, synonyms after commas.", rich_help_panel=PROTOCOL)] = None,
     templates: Annotated[str | None, typer.Option(help="imagenet80, plain, or a file with one template per line.", rich_help_panel=PROTOCOL)] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.", rich_help_panel=PROTOCOL)] = None,
@@ -82,7 +84,7 @@ def run(
     overrides = {
         "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
         "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
-        "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
+        "upsample": upsample, "pamr": pamr, "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
     }  # fmt: skip
     from ovbench import benchmarks
     from ovbench import spec as specs

@@ -8,12 +8,14 @@ Nothing is ever held at image size for all words: the product is taken in strips
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Weights = tuple[Tensor, Tensor]  # of the rows (H, R) and of the columns (W, C)
 
 # A strip should stay in a CPU's cache; a GPU wants few, large kernels.
 STRIP_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
@@ -63,34 +65,38 @@ def block_matrix(logits: Tensor, rows: int, columns: int) -> Tensor:
     return logits.view(rows, columns, q, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, q)
 
 
-def strips(values: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+def output_size(values: Tensor, weights: Weights | None) -> tuple[int, int]:
+    """Size (H, W) that the weights lead to; that of the values where there are none."""
+    return (weights[0].shape[0], weights[1].shape[0]) if weights else (values.shape[0], values.shape[1])
+
+
+def strips(values: Tensor, weights: Weights | None) -> Iterator[tuple[int, Tensor]]:
     """Output values strip by strip: first row, and (s, W, Q) float32 with the words innermost.
 
     Args:
         values: (R, C, Q), float32.
-        rows: Weights (H, R) on the CPU, non-zero only around the diagonal blocks.
-        columns: Weights (W, C) on the CPU.
+        weights: Weights of the rows (H, R) and of the columns (W, C) on the CPU, rows non-zero only around the diagonal
+            blocks; None where the values have the output's size.
     """
-    height, (width, q) = rows.shape[0], (columns.shape[0], values.shape[2])
-    columns = columns.to(values.device)
+    (height, width), q = output_size(values, weights), values.shape[2]
     step = max(1, STRIP_BYTES.get(values.device.type, 64 << 20) // (4 * width * q))
+    if weights is None:
+        for first in range(0, height, step):
+            yield first, values[first : first + step]
+        return
+    rows, columns = weights[0], weights[1].to(values.device)
     wide = columns @ values if 4 * values.shape[0] * width * q <= WIDE_BYTES else None  # (R, W, Q)
     for first in range(0, height, step):
         part = rows[first : first + step]
         used = (part != 0).any(dim=0).nonzero()[:, 0]  # a strip sees few rows of patches
-        weights, index = part[:, used].to(values.device), used.to(values.device)
+        near, index = part[:, used].to(values.device), used.to(values.device)
         source = wide[index] if wide is not None else columns @ values[index]
-        yield first, (weights @ source.flatten(1)).view(-1, width, q)
+        yield first, (near @ source.flatten(1)).view(-1, width, q)
 
 
-def assemble(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def assemble(values: Tensor, weights: Weights) -> Tensor:
     """Output values (Q, H, W), float32, contiguous; arguments as in :func:`strips`."""
-    out = values.new_empty(values.shape[2], rows.shape[0], columns.shape[0])
-    for first, part in strips(values, rows, columns):
+    out = values.new_empty(values.shape[2], *output_size(values, weights))
+    for first, part in strips(values, weights):
         out[:, first : first + part.shape[0]] = part.permute(2, 0, 1)
     return out
-
-
-def resize_weights(size: Sequence[int], out: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Row and column weights that resize (h, w) to (H, W) bilinearly."""
-    return linear_weights(size[0], out[0]), linear_weights(size[1], out[1])

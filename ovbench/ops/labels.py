@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovbench.ops.assemble import strips
+from ovbench.ops.assemble import Weights, output_size, strips
 
 
 def decide(
     values: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    weights: Weights | None,
     word_class: Tensor,
     *,
     logit_scale: float = 1.0,
@@ -28,8 +27,8 @@ def decide(
 
     Args:
         values: Cosine logits (R, C, Q), float32, of all patches (or pixels), words innermost.
-        rows: Weights (H, R) to the rows of the label map, see :mod:`ovbench.ops.assemble`.
-        columns: Weights (W, C) to its columns.
+        weights: Weights to the rows (H, R) and columns (W, C) of the label map, see :mod:`ovbench.ops.assemble`; None
+            where the logits have its size.
         word_class: Class index of each word (Q,), int64.
         logit_scale: Factor before the softmax.
         prob_thd: Where the winning probability is smaller, class 0.
@@ -38,7 +37,7 @@ def decide(
             word of the classes that are left, as the public code does; ``prob_thd`` then looks at that probability).
     """
     values = values * logit_scale
-    word, top, total = _reduce(values, rows, columns, with_top=prob_thd > 0, with_total=prob_thd > 0)
+    word, top, total = _reduce(values, weights, with_top=prob_thd > 0, with_total=prob_thd > 0)
     labels = word_class[word]
     if area_thd is not None:
         dropped = small_classes(labels, int(word_class.max()) + 1, area_thd)
@@ -47,7 +46,7 @@ def decide(
             if area_rule == "background" or not keep.numel():
                 labels = torch.where(dropped[labels], 0, labels)
             else:
-                word, top, _ = _reduce(values[..., keep], rows, columns, with_top=prob_thd > 0, with_total=False)
+                word, top, _ = _reduce(values[..., keep], weights, with_top=prob_thd > 0, with_total=False)
                 labels = word_class[keep[word]]
     if prob_thd > 0:
         labels = torch.where(torch.exp(top - total) < prob_thd, 0, labels)
@@ -62,14 +61,14 @@ def small_classes(labels: Tensor, classes: int, area_thd: float) -> Tensor:
 
 
 def _reduce(
-    values: Tensor, rows: Tensor, columns: Tensor, *, with_top: bool, with_total: bool
+    values: Tensor, weights: Weights | None, *, with_top: bool, with_total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best word (H, W) of scaled logits, its value, and the log-sum-exp over words (the latter two where wanted)."""
-    height, width = rows.shape[0], columns.shape[0]
+    height, width = output_size(values, weights)
     word = torch.empty(height, width, dtype=torch.int64, device=values.device)
     top = values.new_empty(height, width) if with_top else values.new_empty(0)
     total = values.new_empty(height, width) if with_total else values.new_empty(0)
-    for first, part in strips(values, rows, columns):
+    for first, part in strips(values, weights):
         here = slice(first, first + part.shape[0])
         value, word[here] = part.max(dim=-1)
         if with_top:

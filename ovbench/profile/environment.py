@@ -46,7 +46,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     gpu: dict[str, Any] = {"gpu": None, "gpu_memory_gib": None, "gpu_driver": None, "cudnn": None}
     if kind.type == "cuda":
         properties = torch.cuda.get_device_properties(kind)
-        cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        cudnn: int | None = torch.backends.cudnn.version()
         gpu = {
             "gpu": properties.name,
             "gpu_memory_gib": properties.total_memory / GIB,
