@@ -147,6 +147,22 @@ def test_openai_tag_goes_through_open_clip_with_quickgelu(tmp_path: Path, monkey
         load_clip("laion2b_s34b_b79k", "ViT-B-32-quickgelu")
 
 
+def test_hub_models_bring_their_own_architecture_and_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip.factory
+
+    config = {**open_clip.get_model_config("ViT-S-32-alt"), "quick_gelu": True}
+    state = open_clip.create_model("ViT-S-32-alt").state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *a, **k: {"model_cfg": dict(config)})
+    for module in (open_clip.factory, open_clip.pretrained):
+        monkeypatch.setattr(module, "download_pretrained_from_hf", lambda *a, **k: str(tmp_path / "model.safetensors"))
+    clip = load_clip("hf-hub:someone/small")
+    assert clip.activation == "quickgelu" and clip.arch == "hf-hub:someone/small"
+    assert torch.equal(clip.visual.proj, state["visual.proj"])
+
+
 def test_offline_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: Any, **kwargs: Any) -> str:
         raise OSError("cannot reach the hub")

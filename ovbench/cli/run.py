@@ -50,7 +50,7 @@ def run(
     pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.", rich_help_panel=PROTOCOL)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
-    batch: Annotated[int, typer.Option(min=1, help="Images per step.", rich_help_panel=WORK)] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per step. Default: 1 on a CPU, 8 on a GPU.", rich_help_panel=WORK)] = None,
     window_batch: Annotated[str, typer.Option(metavar="auto|N", help="Windows per forward. auto: up to 32, halved when memory runs out. N: exactly N, the tail padded, so that results are equal to the bit for any --batch.", rich_help_panel=WORK)] = "auto",
     compile_mode: Annotated[str, typer.Option("--compile", metavar="MODE", help="torch.compile: off, default, reduce-overhead (CUDA graphs) or max-autotune. Pays off on long runs on a GPU only.", rich_help_panel=WORK)] = "off",
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,

@@ -56,7 +56,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         "custom_imports": {"imports": ["ovbench.segmentor"], "allow_failed_imports": False},
         "model": model,
         "test_dataloader": {
-            "batch_size": options.batch,
+            "batch_size": options.batch or 1,
             "num_workers": 0 if options.workers is None else options.workers,
             "sampler": {"type": "DefaultSampler", "shuffle": False},
             "dataset": dataset,

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.evaluate.run import default_workers, metrics_of
+from ovbench.evaluate.run import default_batch, default_workers, metrics_of
 from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, read_header
 from ovbench.model import OpenVocabModel
 from ovbench.ops.windows import windows
@@ -51,7 +51,10 @@ def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: Open
     subset.metainfo = dataset.metainfo
     workers = default_workers(spec.device) if options.workers is None else options.workers
     loader: DataLoader[Any] = DataLoader(
-        subset, batch_size=options.batch, num_workers=min(workers, len(indices)), collate_fn=pseudo_collate
+        subset,
+        batch_size=options.batch or default_batch(spec.device),
+        num_workers=min(workers, len(indices)),
+        collate_fn=pseudo_collate,
     )
     _warm_up(model, dataset)
     stopwatch.discard()
@@ -170,6 +173,7 @@ def efficiency(
     fresh = len(monitor.results)
     rate = fresh / monitor.loop_seconds if fresh and monitor.loop_seconds else None
     return Efficiency(
+        batch=state.options.batch or default_batch(state.spec.device),
         params_m=sum(p.numel() for p in parameters) / 1e6,
         trainable_params_m=sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
         gmacs=counted.gmacs,

@@ -76,12 +76,13 @@ class Efficiency(_Stored):
     params_m_reason: str | None = None
     trainable_params_m: float | None = Field(None, description="million parameters with requires_grad")
     trainable_params_m_reason: str | None = None
-    gmacs: float | None = Field(None, description="10^9 multiply-accumulates of one image of size input")
+    gmacs: float | None = Field(None, description="10^9 multiply-accumulates of one network forward, see input")
     gmacs_reason: str | None = None
     gflops: float | None = Field(None, description="10^9 floating-point operations; 1 MAC = 2 FLOP")
     gflops_reason: str | None = None
-    input: str | None = Field(None, description="what was counted: network input BxCxHxW and the windows, in words")
+    input: str | None = Field(None, description="network input BxCxHxW that was counted, and how many an image takes")
     tool: str | None = Field(None, description="what counted the operations, with version")
+    batch: int | None = Field(None, ge=1, description="images per step of the timings; times of a step are shared out")
     latency_ms: Latency | None = Field(None, description="wall time of one image, synchronised, warm-up left out")
     latency_ms_reason: str | None = None
     stages_ms: dict[str, Latency] = Field(default_factory=dict, description="the same per named stage of an image")
