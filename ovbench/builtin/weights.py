@@ -100,5 +100,6 @@ def export(checkpoint: Path, path: Path) -> Path:
     }
     partial = path.with_suffix(".tmp")
     save_file(tensors, str(partial), metadata=facts)
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     partial.replace(path)
     return path
