@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 # Two test processes at most: each holds torch and a model in memory.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); if [ "$$n" -gt 2 ]; then echo 2; else echo "$$n"; fi)
 
+# pip runs setuptools with PYTHONWARNINGS=ignore: its advice about editable installs is pages long.
 BIN := $(VENV)/bin
 MADE := $(VENV)/.made
 RUN_STAMP := $(VENV)/.installed-run
@@ -58,10 +59,10 @@ $(MADE):
 
 $(RUN_STAMP): pyproject.toml $(MADE)
 	@echo "Installing ovbench and what it needs (torch is large: this takes some minutes the first time)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml $(MADE)
 	@echo "Installing ovbench with its dev tools (torch is large: this takes some minutes the first time)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(RUN_STAMP)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,9 +26,11 @@ class Method(nn.Module):
 
     Class attributes:
         Config: Frozen dataclass of the method's constants, each with its source beside it.
+        OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
+    OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
@@ -58,6 +61,10 @@ class Method(nn.Module):
     def options(self) -> dict[str, Any]:
         """All constants in force, for the record."""
         return asdict(self.config)
+
+    def use_precision(self, dtype: torch.dtype) -> None:
+        """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
+        self.clip.use_precision(dtype)
 
     def features(self, images: Tensor) -> Tensor:
         """Dense features (B, h, w, D), not normalised, of normalised images (B, 3, H, W)."""

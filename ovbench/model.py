@@ -138,7 +138,7 @@ class OpenVocabModel(nn.Module):
         self.stage: Stage = lambda name: nullcontext()
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
-        self.clip.use_precision(DTYPES[dtype])
+        method.use_precision(DTYPES[dtype])
         self.network: Callable[[Tensor, Any], Tensor] = method.patch_logits
         if compile_mode != "off":
             self.network = torch.compile(method.patch_logits, mode=compile_mode, dynamic=False)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ovbench.methods.clip import Clip
 from PIL import Image
 
 import ovbench
 from ovbench import benchmarks
 from ovbench.benchmarks.synth import synth
+from ovbench.methods.clip import Clip
 
 IMAGES = 8
 # Half of what was measured with the committed weights (docs/demo.md), so that only a fault falls below.

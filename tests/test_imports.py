@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 # fits decides. Imports inside functions count as well.
 LAYERS = (
     ("_version", "errors", "hashing", "paths"),
-    ("compat", "ops", "profile", "pictures", "builtin", "registry"),
+    ("compat", "ops", "profile", "pictures", "colours", "classlist", "builtin", "registry"),
     ("spec", "backbones", "benchmarks"),
     ("text", "method", "results"),
     ("methods", "model", "builtin.train", "builtin.evaluation", "builtin.corpus", "builtin.readouts"),
@@ -151,17 +151,19 @@ def test_quick_commands_load_no_torch(run_python, tmp_path, arguments):
     assert done.stderr.splitlines()[-1] == "[] 0"
 
 
-def test_help_starts_within_half_a_second(run_python, tmp_path):
-    """The best of several starts, since other work on the machine only ever adds to the time."""
-    best = {}
-    for arguments in (("--help",), ("list", "methods"), ("table",)):
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            assert run_python("-m", "ovbench", *arguments, cwd=tmp_path).returncode == 0
-            seconds.append(time.perf_counter() - start)
-        best[arguments] = min(seconds)
-    assert all(seconds < 0.5 for seconds in best.values()), best
+@pytest.mark.skipif(sys.platform == "win32", reason="no processor time of child processes")
+@pytest.mark.parametrize("arguments", [("--help",), ("list", "methods"), ("table",)], ids=" ".join)
+def test_quick_commands_take_less_than_half_a_second(run_python, tmp_path, arguments):
+    """Processor time, the best of three: what other processes do on the machine must not fail the test."""
+    import resource
+
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run_python("-m", "ovbench", *arguments, cwd=tmp_path).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5, seconds
 
 
 def test_all_packages_are_declared():
@@ -169,9 +171,10 @@ def test_all_packages_are_declared():
     text = (REPO / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^packages = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
     assert listed is not None
-    folders = {path.parent for path in (REPO / "ovbench").rglob("*.py")}
-    expected = {".".join(folder.relative_to(REPO).parts) for folder in folders}
-    for name in ("methods", "dataset_configs"):
-        inner = {path.parent for path in (REPO / name).rglob("*.py")}
-        expected |= {".".join(("ovbench", *folder.relative_to(REPO).parts)) for folder in inner}
+    expected = set()
+    for folder, prefix in (("ovbench", ()), ("methods", ("ovbench",)), ("dataset_configs", ("ovbench",))):
+        # Folders of data count as packages too: setuptools takes files from nowhere else.
+        for path in (REPO / folder).rglob("*"):
+            if path.suffix in (".py", ".json", ".safetensors"):
+                expected.add(".".join((*prefix, *path.parent.relative_to(REPO).parts)))
     assert set(re.findall(r'"([\w.]+)"', listed[1])) == expected

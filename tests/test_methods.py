@@ -26,7 +26,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> DenseCLIP:
 
 @pytest.fixture(params=method_names())
 def method(request: pytest.FixtureRequest, clip: DenseCLIP) -> Method:
-    return method_class(request.param).build(clip)
+    cls = method_class(request.param)
+    return cls.build(clip, cls.OFFLINE_OPTIONS)
 
 
 def model_of(method: Method, **fields: object) -> OpenVocabModel:

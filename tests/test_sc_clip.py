@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+
+from ovbench.backbones.clip_weights import load_clip
 from ovbench.methods.sc_clip import (
     SCCLIP,
     SCClipConfig,
@@ -12,8 +14,6 @@ from ovbench.methods.sc_clip import (
     repair,
     similarity_attention,
 )
-
-from ovbench.backbones.clip_weights import load_clip
 
 
 def brute_force_lof(points: torch.Tensor, k: int) -> torch.Tensor:

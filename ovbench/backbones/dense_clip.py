@@ -50,7 +50,9 @@ class LastBlock:
     mlp: bool = True
 
 
-def resize_position_embedding(embedding: Tensor, pretrained: Grid, grid: Grid, how: PosInterp = "offset") -> Tensor:
+def resize_position_embedding(
+    embedding: Tensor, pretrained: Grid, grid: Grid, how: PosInterp = "offset", antialias: bool = False
+) -> Tensor:
     """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), bicubic, the CLS row untouched.
 
     Args:
@@ -59,6 +61,7 @@ def resize_position_embedding(embedding: Tensor, pretrained: Grid, grid: Grid, h
         grid: Wanted grid (h, w).
         how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (a trick of DINO
             against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
+        antialias: Low-pass where the grid shrinks.
     """
     if grid == pretrained:
         return embedding
@@ -66,11 +69,11 @@ def resize_position_embedding(embedding: Tensor, pretrained: Grid, grid: Grid, h
     image = patches.reshape(1, *pretrained, -1).permute(0, 3, 1, 2).float()  # (1, C, g_h, g_w)
     if how == "offset":
         scale = [(grid[0] + 0.1) / pretrained[0], (grid[1] + 0.1) / pretrained[1]]
-        image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False, antialias=antialias)
     else:
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     if tuple(image.shape[-2:]) != grid:  # floor((h + 0.1)/g * g) can only differ through rounding on huge grids
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([cls, image.flatten(2)[0].T.to(embedding.dtype)])
 
 
@@ -173,6 +176,10 @@ class DenseCLIP(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 of any dtype, as float32 with the weights' own mean and deviation."""
         return (images.float() - self.mean) / self.std  # type: ignore[operator]
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """RGB 0..255, float32, of normalised images (B, 3, h, w)."""
+        return images.float() * self.std + self.mean  # type: ignore[operator]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, 1 + N, C) that enter the first block, and the grid, from normalised images (B, 3, h, w).

@@ -19,8 +19,9 @@ size. The image is its normalised network input, resized bilinearly to the same 
 It goes on unrefined when that runs out of memory; here memory is bounded instead.
 
 A linear change of a channel cancels in the ratio, so values 0..255, 0..1 and normalised values give the same result up to
-rounding. The exception is a region whose colours differ by rounding alone (saturated sky after a resize): the ratio
-enlarges that noise to ordinary weights, in the authors' code as well.
+rounding. The exception, in the authors' code as well, is a region whose colours differ by rounding alone (saturated sky
+after a resize): the ratio enlarges that noise to ordinary weights. Of six VOC photos one had such a region; there normalised
+values and 0..255 agree on 99.6 % of the labels of random logits, on the others on all.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def pamr(logits: Tensor, image: Tensor, *, iterations: int = 10, dilations: Sequ
     """Refined logits (Q, H, W), float32: ``iterations`` weighted means over the neighbours of every pixel.
 
     Extra memory beside the result, for P = 8 * len(dilations) and R = max(dilations): the weights, 4 P H W bytes (as much
-    as P classes), plus the larger of ``CHUNK_BYTES`` and one padded class, 4 (H + 2 R) (W + 2 R) bytes, plus 4
-    ``STRIP_BYTES``; while the weights are made, the padded image in place of the padded classes. Q does not enter. How
-    classes and rows are divided does not change the result.
+    as P classes); plus ``CHUNK_BYTES``, or one padded class, 4 (H + 2 R) (W + 2 R) bytes, where that is more, or the padded
+    image, where that is more; plus 4 ``STRIP_BYTES``. Q does not enter. How classes and rows are divided does not change
+    the result.
 
     Args:
         logits: Finite values (Q, H, W) at the image's size; any linear scale.
@@ -101,7 +102,13 @@ def neighbour_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
             here = _shifted(channel, top, bottom, width, reach, 0, 0)
             spread = torch.cat([near, here.expand(len(dilations), -1, -1)]).std(dim=0)
             score -= near.sub_(here).abs_().div_(EPSILON + SPREAD_FACTOR * spread)
-        weights[:, top:bottom] = score.div_(channels).softmax(dim=0)
+        # A softmax by hand: torch's own sums in an order that depends on where a strip ends.
+        score /= channels
+        score.sub_(score.amax(dim=0)).exp_()
+        total = score[0].clone()
+        for weight in score[1:]:
+            total += weight
+        torch.div(score, total, out=weights[:, top:bottom])
     return weights
 
 

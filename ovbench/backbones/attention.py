@@ -1,0 +1,102 @@
+"""Second backbones that say which patches belong together: features and self-attention behind one interface.
+
+A source takes RGB images 0..255 of any size, normalises them itself, and answers on a patch grid of its own that spans
+the whole image: sides that are no multiple of its patch are first resized bilinearly to the nearest multiple.
+:mod:`ovbench.backbones.attention_base` is the interface; a further source is a class of it, known to :func:`load_source`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ovbench.backbones.attention_base import AttentionSource, TransformerSource, to_whole_patches
+from ovbench.backbones.attention_vit import VITS, load_vit
+from ovbench.backbones.dense_clip import DenseCLIP, Grid
+from ovbench.errors import UsageError, unknown_name
+
+__all__ = ["AttentionSource", "ClipSource", "TransformerSource", "load_source", "source_names"]
+
+
+class ClipSource(TransformerSource):
+    """The run's own CLIP vision tower; shares its parameters.
+
+    Features are the last block's ordinary output behind ``ln_post``, before the projection: inferred, as the analogue of
+    DINO's normed tokens.
+
+    Args:
+        clip: The loaded CLIP.
+    """
+
+    name = "clip"
+    prefix = 1
+
+    def __init__(self, clip: DenseCLIP) -> None:
+        super().__init__()
+        self.clip = clip
+        self.patch, self.depth = clip.patch, clip.depth
+        self.weights = Path(clip.weights).name if Path(clip.weights).is_file() else clip.weights
+        self.weights_sha256 = clip.weights_sha256
+        self.eval()
+
+    @property
+    def params(self) -> int:
+        """Parameters of the vision tower."""
+        return sum(parameter.numel() for parameter in self.clip.visual.parameters())
+
+    def use_precision(self, dtype: torch.dtype) -> None:
+        """The tower's own rule."""
+        self.clip.use_precision(dtype)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens of RGB images 0..255."""
+        return self.clip.embed(self.clip.normalise(to_whole_patches(images.float(), self.patch)))
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Output (B, T, C) of one ordinary block."""
+        return self.clip.block(index, x)
+
+    def query_key(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key (B, heads, T, d) of one block."""
+        q, k, _ = self.clip.qkv(x, index)
+        return q, k
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The tower's ``ln_post``."""
+        out: Tensor = self.clip.visual.ln_post(x)
+        return out
+
+
+def source_names() -> list[str]:
+    """Ids of all sources."""
+    return [*VITS, "clip"]
+
+
+def load_source(
+    name: str, weights: str | Path | None = None, *, clip: DenseCLIP | None = None, seed: int = 0
+) -> AttentionSource:
+    """A frozen source in float32 and evaluation mode, on the device of ``clip`` (else on the CPU).
+
+    Args:
+        name: See :func:`source_names`.
+        weights: None fetches the published weights from the hub (or its cache); ``"random"`` gives the architecture
+            alone; else the path of a state dict in timm's or the authors' layout.
+        clip: The run's CLIP; needed for ``"clip"``.
+        seed: Seed of random weights.
+
+    Raises:
+        UsageError: Unknown name, or weights for ``"clip"``.
+        WeightsError: The download failed, or the file is missing, unreadable or does not fit.
+    """
+    if name == "clip":
+        if weights is not None:
+            raise UsageError("The attention source 'clip' is the run's own CLIP: leave attention_weights away.")
+        if clip is None:
+            raise ValueError("the attention source 'clip' needs the loaded CLIP")
+        return ClipSource(clip)
+    if name not in VITS:
+        raise unknown_name("attention source", name, source_names())
+    source = load_vit(name, weights, seed=seed)
+    return source if clip is None else source.to(next(clip.parameters()).device)
