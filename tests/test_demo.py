@@ -13,6 +13,7 @@ from PIL import Image
 import ovbench
 from ovbench import benchmarks
 from ovbench.benchmarks.synth import synth
+from ovbench.builtin.scenes import render
 from ovbench.methods.clip import Clip
 
 IMAGES = 8
@@ -72,3 +73,19 @@ def test_a_broken_method_collapses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Clip, "features", swapped)
     assert miou("clip", "voc20", tmp_path) < 0.6 * right
+
+
+@pytest.mark.parametrize("method", ["clip", "sc-clip"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_keeps_the_predictions_of_a_trained_network(method: str, dtype: str) -> None:
+    names = ["sky", "grass", "dog", "car", "tree", "road"]
+    scene = render(names, 336, 448, seed=10**6 + 1)
+    image = torch.from_numpy(scene.image).permute(2, 0, 1)
+    labels = [
+        ovbench.build_segmentor(method, weights="builtin", classes=names, dtype=kind).predict_labels(
+            [image], [(336, 448)]
+        )[0]
+        for kind in ("float32", dtype)
+    ]
+    agreement = (labels[0] == labels[1]).double().mean()
+    assert agreement >= 0.98, agreement

@@ -167,7 +167,8 @@ def _evaluate(state: _State) -> None:
 
     require_device(spec.device)
     cls = method_class(spec.method)
-    config = cls.configure(spec.method_options)
+    offline = cls.OFFLINE_OPTIONS if spec.demo else {}  # a demo downloads nothing
+    config = cls.configure({**offline, **spec.method_options})
     template_list = templates(spec.protocol.templates)
     clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
     method = cls(clip, config)
