@@ -1,25 +1,40 @@
 """Names to methods, without importing torch: the method table of every module in ``methods/`` is read as text.
 
-A method module holds a literal ``METHODS = {"name": {...}}`` (keys of :class:`MethodInfo`); other people's packages add
-methods through the entry-point group ``ovbench.methods`` (``name = "package.module:Class"``).
+A method module holds a literal ``METHODS = {"name": {...}}`` (keys of :class:`MethodInfo`). Other people's packages add
+methods through the entry-point group ``ovbench.methods`` (``name = "package.module:Class"``), and ``PATH.py:Class`` names
+a class in a file of one's own. Both may hold the same table, of which the entry for their class counts.
+
+Using a method that is given by a path runs that file.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+import traceback
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ovbench.errors import OvbenchError, unknown_name
+from ovbench.errors import OvbenchError, UsageError, unknown_name
 from ovbench.paths import methods_dir
 
 if TYPE_CHECKING:
     from ovbench.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
+_BASE = "ovbench.method.Method"
+_TOLD = ("summary", "paper", "protocol")
+_RECORDED = re.compile(r"\w+:\w+")
 
 
 @dataclass(frozen=True)
@@ -27,12 +42,14 @@ class MethodInfo:
     """What is known of a method before its module is imported.
 
     Attributes:
-        name: Method id of the command line.
-        module: Module that holds the class.
+        name: Method id of the command line; ``stem:Class`` for a file of one's own, wherever it lies.
+        module: Module that holds the class, or the file.
         cls: Name of the :class:`ovbench.method.Method` subclass in it.
         summary: One line for ``ovbench list methods``.
         paper: Authors, title or arXiv number.
         protocol: The preset that ``--protocol paper`` means for this method.
+        source: The file, for methods that are not part of ovbench.
+        source_sha256: Its hash, for the record: no commit of ovbench tells what is in it.
     """
 
     name: str
@@ -41,9 +58,15 @@ class MethodInfo:
     summary: str
     paper: str = ""
     protocol: str = "common"
+    source: Path | None = None
+    source_sha256: str | None = None
+
+    def recorded(self) -> dict[str, str]:
+        """What a record says of the source, beside the method's options; empty for ovbench's own methods."""
+        return {} if self.source_sha256 is None else {"source_sha256": self.source_sha256}
 
 
-def _method_table(source: str) -> dict[str, dict[str, str]]:
+def _method_table(source: str) -> dict[str, dict[str, Any]]:
     """The literal bound to ``METHODS`` at the top of a module's source, or an empty dict."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
@@ -53,7 +76,7 @@ def _method_table(source: str) -> dict[str, dict[str, str]]:
         else:
             continue
         if any(isinstance(target, ast.Name) and target.id == "METHODS" for target in targets):
-            table: dict[str, dict[str, str]] = ast.literal_eval(value)
+            table: dict[str, dict[str, Any]] = ast.literal_eval(value)
             return table
     return {}
 
@@ -70,8 +93,7 @@ def _methods() -> dict[str, MethodInfo]:
                 f"The installed package '{point.value}' registers a method '{point.name}', but that name is taken by "
                 f"'{found[point.name].module}'. Rename its entry point or uninstall it."
             )
-        module, _, cls = point.value.partition(":")
-        found[point.name] = MethodInfo(point.name, module, cls, summary=f"from {point.value}")
+        found[point.name] = _of_entry_point(point)
     return dict(sorted(found.items()))
 
 
@@ -83,25 +105,203 @@ def method_names() -> list[str]:
 def method_info(name: str) -> MethodInfo:
     """What is known of one method without importing it.
 
+    Args:
+        name: Method id, or ``PATH.py:Class`` for a file of one's own.
+
     Raises:
-        UsageError: No such method; names the nearest ones.
+        UsageError: No such method; names the nearest ones. No such file, or no such class in it.
     """
+    if _is_path(name):
+        return _of_file(name)[0]
     methods = _methods()
     if name not in methods:
+        if _RECORDED.fullmatch(name):
+            stem, _, cls = name.partition(":")
+            raise UsageError(
+                f"Unknown method '{name}'. This is how a record names a method from a file: give the file's path, e.g. "
+                f"./{stem}.py:{cls}."
+            )
         raise unknown_name("method", name, methods, "ovbench list methods")
     return methods[name]
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method, its module imported now.
+    """The class of a method, its module imported (a file of one's own: run) now.
 
     Raises:
-        UsageError: No such method.
-        OvbenchError: Its module does not hold the promised class.
+        UsageError: No such method, or a file that cannot be run or holds no such method; with file and line.
+        OvbenchError: The module of a registered method does not hold the promised class.
     """
-    info = method_info(name)
-    found = getattr(importlib.import_module(info.module), info.cls, None)
+    if _is_path(name):
+        info, content = _of_file(name)
+        module = _run_file(info, content)
+    else:
+        info = method_info(name)
+        try:
+            module = importlib.import_module(info.module)
+        except Exception as error:
+            if info.source is None and info.module.startswith("ovbench."):
+                raise
+            raise OvbenchError(
+                f"The method '{name}' ({info.module}:{info.cls}) of an installed package cannot be imported: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+    found = getattr(module, info.cls, None)
     if found is None:
         raise OvbenchError(f"Method '{name}' should be '{info.cls}' in '{info.module}', but there is no such class.")
-    cls: type[Method] = found
+    return _require_method(found, info)
+
+
+def own_frame(error: BaseException) -> str | None:
+    """Where in the user's own method file an error arose, e.g. ``"my_method.py line 12, in features"``; None elsewhere."""
+    files = {module.__file__ for module in _loaded.values()}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f"{Path(frame.filename).name} line {frame.lineno}, in {frame.name}"
+    return None
+
+
+# Modules of own files by path and content: an edited file is run again, an unchanged one is the same class.
+_loaded: dict[tuple[str, str], ModuleType] = {}
+
+
+def _is_path(name: str) -> bool:
+    """Whether a method is given as a file: ``PATH.py``, ``PATH.py:Class``, or anything with a folder in it."""
+    return name.partition(":")[0].endswith(".py") or ".py:" in name or "/" in name or os.sep in name
+
+
+def _of_file(name: str) -> tuple[MethodInfo, bytes]:
+    """What is known of a class in a file, and the file's content; nothing is run."""
+    given, colon, cls = name.rpartition(":")
+    if not colon or not given or "/" in cls or os.sep in cls:
+        given, cls = name, ""
+    path = Path(os.path.abspath(Path(given).expanduser()))
+    if path.suffix != ".py" or not path.is_file():
+        there = "is a folder" if path.is_dir() else "is no .py file" if path.is_file() else "does not exist"
+        raise UsageError(
+            f"The method file '{given}' {there}. A method of one's own is PATH.py:Class, e.g. ./my_method.py:MyMethod."
+        )
+    try:
+        content = path.read_bytes()
+        tree = ast.parse(content, filename=str(path))
+    except OSError as error:
+        raise UsageError(f"Cannot read the method file '{given}': {error.strerror}.") from None
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise UsageError(
+            f"The method file '{given}' is not Python: {getattr(error, 'msg', error)} (line {line})."
+        ) from None
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if not cls:
+        example = next((entry for entry in reversed(classes)), "MyMethod")
+        raise UsageError(f"Which class of '{given}' is the method? Say e.g. {given}:{example}.")
+    if cls not in _bound(tree):
+        unknown = unknown_name("class", cls, classes) if classes else f"Unknown class '{cls}': there is none."
+        raise UsageError(f"{unknown} The file is '{given}'.")
+    info = MethodInfo(
+        name=f"{path.stem}:{cls}",
+        module=given,
+        cls=cls,
+        source=path,
+        source_sha256=hashlib.sha256(content).hexdigest(),
+        **{"summary": f"from {given}", **_told(content.decode("utf-8", "replace"), cls, given)},
+    )
+    return info, content
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    """The names that a module's source may bind: classes, imports, assignments."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def _told(source: str, cls: str, where: str) -> dict[str, str]:
+    """Summary, paper and protocol that the ``METHODS`` table of a source gives for a class; empty without a table."""
+    try:
+        table = _method_table(source)
+        entries = [fields for fields in table.values() if fields.get("cls") == cls]
+        return {key: str(entries[0][key]) for key in _TOLD if key in entries[0]} if entries else {}
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"METHODS in '{where}' must be a literal dict of dicts, as in ovbench's methods: {error}."
+        ) from None
+
+
+def _run_file(info: MethodInfo, content: bytes) -> ModuleType:
+    """The module of a user's file, run once per content.
+
+    Compiled from the bytes that were hashed: Python's own import would keep a cache beside the user's file, and take an
+    old one where a file was changed twice within a second.
+    """
+    key = (str(info.source), str(info.source_sha256))
+    if key in _loaded:
+        return _loaded[key]
+    name = f"ovbench_own_{info.name.partition(':')[0]}_{key[1][:12]}"
+    module = ModuleType(name)
+    module.__file__ = key[0]
+    sys.modules[name] = module  # dataclasses look their module up
+    _loaded[key] = module
+    try:
+        exec(compile(content, key[0], "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        frame = own_frame(error)
+        del sys.modules[name], _loaded[key]
+        lost = isinstance(error, ModuleNotFoundError) and (Path(key[0]).parent / f"{error.name}.py").is_file()
+        hint = " Its neighbours are not searched: put all into one file, or install a package." if lost else ""
+        raise UsageError(
+            f"The method file '{info.module}' cannot be run: {type(error).__name__}: {error} ({frame}).{hint}"
+        ) from error
+    return module
+
+
+def _require_method(found: object, info: MethodInfo) -> type[Method]:
+    """The class, if it is a method.
+
+    Raises:
+        UsageError: It is no class, not derived from Method, or does not define what a method must.
+    """
+    what = f"'{info.cls}' in '{info.module}'"
+    # by name: importing ovbench.method would load torch for everyone who asks for names
+    lineage = found.__mro__ if isinstance(found, type) else ()
+    base = next((cls for cls in lineage if f"{cls.__module__}.{cls.__qualname__}" == _BASE), None)
+    if base is None:
+        raise UsageError(f"{what} is not a method: derive it from ovbench.method.Method and override features().")
+    cls: type[Method] = found  # type: ignore[assignment]
+    if all(getattr(cls, name) is getattr(base, name) for name in ("features", "patch_logits")):
+        raise UsageError(f"{what} does not override features(), which gives a method's dense features.")
     return cls
+
+
+def _of_entry_point(point: EntryPoint) -> MethodInfo:
+    """What is known of a method of an installed package; the module's source is read, nothing is imported."""
+    source = _source_of(point.module)
+    told = {"summary": f"from {point.value}"}
+    digest = None
+    if source is not None:
+        content = source.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        told |= _told(content.decode("utf-8", "replace"), point.attr, point.value)
+    return MethodInfo(point.name, point.module, point.attr, source=source, source_sha256=digest, **told)
+
+
+def _source_of(module: str) -> Path | None:
+    """The source file of a module, found without importing its packages; None where there is none."""
+    parts = module.split(".")
+    try:
+        spec = importlib.util.find_spec(parts[0])
+        for count in range(2, len(parts) + 1):
+            if spec is None:
+                return None
+            places = list(spec.submodule_search_locations or [])
+            spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), places)
+    except (ImportError, ValueError):
+        return None
+    origin = None if spec is None or spec.origin is None else Path(spec.origin)
+    return origin if origin is not None and origin.suffix == ".py" and origin.is_file() else None

@@ -116,7 +116,7 @@ def test_changing_returned_words_does_not_change_the_benchmark() -> None:
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(
-        UsageError, match=r"Unknown dataset 'voc'\. Did you mean: voc21, voc20\?.*ovbench list datasets"
+        UsageError, match=r"Unknown dataset 'voc'\. Did you mean: voc20, voc21\?.*ovbench list datasets"
     ):
         benchmarks.get("voc")
     with pytest.raises(UsageError, match=r"Unknown wording of voc21 'sclipp'\. Did you mean: sclip"):

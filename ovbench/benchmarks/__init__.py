@@ -6,15 +6,19 @@ Importing this module needs neither torch nor mmengine nor cv2; see ``readers`` 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from ovbench.benchmarks import own
 from ovbench.benchmarks.benchmark import Benchmark, SynthRules
 from ovbench.benchmarks.config import read_config, read_words, validate_config
+from ovbench.benchmarks.definition import fields_of
 from ovbench.benchmarks.layout import Layout, Pair
-from ovbench.errors import unknown_name
+from ovbench.benchmarks.own import OwnBenchmark
+from ovbench.errors import UsageError, unknown_name
 from ovbench.paths import config_dir
 
-__all__ = ["Benchmark", "Layout", "Pair", "get", "names"]
+__all__ = ["Benchmark", "Layout", "OwnBenchmark", "Pair", "SynthRules", "get", "names", "own_root"]
 
 
 @cache
@@ -33,45 +37,40 @@ def names() -> list[str]:
     return list(_configs())
 
 
-@cache
 def get(name: str) -> Benchmark:
-    """The benchmark of that id.
+    """The benchmark of that id, or the user's own at that path (a folder or a config; see ``own``).
 
     Raises:
-        UsageError: No benchmark is called that; the message names the nearest.
-        DataError: Its config or word list is damaged.
+        UsageError: No benchmark is called that, or nothing lies there; the message names the nearest.
+        DataError: Its config, folder or word list is damaged.
     """
+    if not own.is_path(name):
+        return _built_in(name)
+    found = own.read(name)  # read anew every time: the user may be working on it
+    if found.name in _configs():
+        raise UsageError(
+            f"'{name}' would be called '{found.name}', but that is one of ovbench's benchmarks and their results must not "
+            "mix. Rename the folder or file, or give a 'name' in its dataset.json."
+        )
+    return found
+
+
+def own_root(benchmark: Benchmark) -> Path | None:
+    """The data root that the user's own benchmark brings along; None where it has to be given."""
+    return benchmark.home if isinstance(benchmark, OwnBenchmark) else None
+
+
+@cache
+def _built_in(name: str) -> Benchmark:
     if name not in _configs():
+        if Path(name).is_dir():
+            raise UsageError(f"Unknown dataset '{name}'. For the folder of that name write './{name}'.")
         raise unknown_name("dataset", name, names(), "ovbench list datasets")
     values = _configs()[name]
-    facts, dataset, synth = values["benchmark"], values["dataset"], values["synth"]
-    rules: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in synth.items()}
+    facts = values["benchmark"]
     path = config_dir() / "words" / f"{name}.json"
     lists = read_words(path, name=name, version=facts["version"], num_classes=facts["num_classes"])
-    return Benchmark(
-        name=name,
-        title=facts["title"],
-        version=facts["version"],
-        num_classes=facts["num_classes"],
-        class_names=lists["class_names"],
-        has_background=facts["has_background"],
-        reduce_zero_label=dataset["reduce_zero_label"],
-        expected_images=facts["expected_images"],
-        palette=lists["palette"],
-        wordings=tuple(lists["wordings"]),
-        labels_from=facts["labels_from"],
-        zero_in_most=facts["zero_in_most"],
-        has_255=facts["has_255"],
-        raw_gaps=tuple(facts.get("raw_gaps", ())),
-        layout=Layout(
-            image_dir=dataset["data_prefix"]["img_path"],
-            label_dir=dataset["data_prefix"]["seg_map_path"],
-            split_file=dataset["ann_file"],
-            image_suffix=dataset["img_suffix"],
-            label_suffix=dataset["seg_map_suffix"],
-            homes=tuple(facts["homes"]),
-        ),
-        synth_rules=SynthRules(**rules),
-        dataset_type=dataset["type"],
-        word_lists=lists["wordings"],
-    )
+    return Benchmark(**fields_of(name, values, lists))
+
+
+get.cache_clear = _built_in.cache_clear  # type: ignore[attr-defined]  # for those who change the configs

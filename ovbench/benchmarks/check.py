@@ -280,7 +280,7 @@ def check(
         found = benchmark.scan(home)
     except DataError as error:
         problem = Problem("layout", "error", str(error), "", 0)
-        return CheckReport(name, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,))
+        return CheckReport(benchmark.name, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,))
     synthetic = is_synthetic(home)
     findings = _Findings(benchmark, home)
     _judge_pairing(findings, found, synthetic)
@@ -301,7 +301,7 @@ def check(
     ids = train_id_table(benchmark.reduce_zero_label)
     ignored = int(findings.pixels[ids == IGNORE_INDEX].sum())
     return CheckReport(
-        benchmark=name,
+        benchmark=benchmark.name,
         root=str(home),
         synthetic=synthetic,
         expected=benchmark.expected_images,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ovbench.cli.console import console, print_json, print_text
-from ovbench.errors import DataError
+from ovbench.errors import DataError, UsageError
 
 app = typer.Typer(name="data", help="Make small generated data, or check your own.", no_args_is_help=True)
 
@@ -60,7 +60,7 @@ def synth(
     written = []
     for name in chosen:
         with _bar(name) as progress:
-            root = write(name, out / name, images=images, seed=seed, progress=progress)
+            root = write(name, out / get(name).name, images=images, seed=seed, progress=progress)
         written.append({"benchmark": name, "root": str(root), "images": images, "seed": seed})
         if not as_json:
             print_text(f"{name}: {images} images in {root}")
@@ -70,8 +70,10 @@ def synth(
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets').")],
-    data_root: Annotated[Path, typer.Option(help="Folder of the dataset, or one above it.")],
+    name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets'), or the path of your own.")],
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Open only the first N pairs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -84,12 +86,17 @@ def check(
     Examples:
     ovbench data check voc21 --data-root ~/data
     ovbench data check cityscapes --data-root /data/cityscapes --json
+    ovbench data check ./mydata
     """
+    from ovbench.benchmarks import get, own_root
     from ovbench.benchmarks.check import check as examine
     from ovbench.benchmarks.report import describe
 
+    root = data_root or own_root(get(name))
+    if root is None:
+        raise UsageError(f"Where is the {name} data? Give its folder with --data-root DIR.")
     with _bar(f"check {name}") as progress:
-        report = examine(name, data_root, workers=workers, limit=limit, progress=progress)
+        report = examine(name, root, workers=workers, limit=limit, progress=progress)
     if as_json:
         print_json(report.to_json())
     else:
@@ -99,6 +106,6 @@ def check(
         ignored = "" if report.ignore_share is None else f", {100 * report.ignore_share:.1f} % of pixels ignored"
         state = "ok" if report.ok else "not usable"
         made = " (generated)" if report.synthetic else ""
-        print_text(f"{name}: {state}: {report.root}{made}: {found}{ignored}")
+        print_text(f"{report.benchmark}: {state}: {report.root}{made}: {found}{ignored}")
     if not report.ok:
         raise typer.Exit(DataError.exit_code)

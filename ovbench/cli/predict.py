@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ovbench.cli.console import print_json, print_text, say
-from ovbench.cli.run import default_device, parse_options
-from ovbench.errors import RunError, UsageError
+from ovbench.cli.run import default_device, parse_options, progress
+from ovbench.errors import DataError, OvbenchError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from ovbench.classlist import ClassEntry
+    from ovbench.model import OpenVocabModel
+
+# What --write may name, and how the file of each is called.
+KINDS = {"labels": "-labels.png", "overlay": "-overlay.png", "logits": "-logits.npz", "features": "-features.npz"}
+SHOWN = 10  # classes printed for one picture
+IN_LINE = 3  # classes printed for one of many
 
 
 def predict(
-    image: Annotated[Path, typer.Argument(help="Picture (JPEG, PNG, ...).")],
-    classes: Annotated[str, typer.Option(help="Words with commas between them, or a file: one class per line, synonyms after commas.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="Method; see 'ovbench list methods'.")] = "sc-clip",
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures (JPEG, PNG, ...), or folders of pictures.")],
+    classes: Annotated[str, typer.Option(help="Words with commas between them, or a file: one class per line, 'name: synonym, synonym'.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).")] = "sc-clip",
     weights: Annotated[str | None, typer.Option(help="Weights file, 'random' or 'builtin'. Default: --pretrained openai.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or hf-hub:org/name.")] = None,
     arch: Annotated[str | None, typer.Option(help="open_clip architecture.")] = None,
@@ -23,6 +35,8 @@ def predict(
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Label PNG with a palette (class number per pixel).")] = None,
     overlay: Annotated[Path | None, typer.Option("--overlay", "-o", help="Picture with the classes laid over it and a legend. Default without any output: IMAGE-overlay.png.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out-dir", help="Folder for the results of several pictures: NAME-labels.png and NAME-overlay.png.")] = None,
+    write: Annotated[str | None, typer.Option("--write", help="What goes to --out-dir: some of labels, overlay, logits, features.  [default: labels,overlay]")] = None,
     save_logits: Annotated[Path | None, typer.Option(help="npz: seg_logits (Q, H, W) float32, cosine, before scale and softmax.")] = None,
     save_features: Annotated[Path | None, typer.Option(help="npz: features (N, D) float32 of the whole image, row by row, and grid (h, w).")] = None,
     short_side: Annotated[int, typer.Option(min=0, help="Resize the short side to this many pixels; 0 = as it is.")] = 336,
@@ -35,121 +49,289 @@ def predict(
     templates: Annotated[str | None, typer.Option(help="imagenet80, plain, or a file with one template per line.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
     pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.")] = None,
+    upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,
+    pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.")] = None,
     window_batch: Annotated[int | None, typer.Option(help="Windows per forward.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print shares of the classes and paths as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Segments one picture with your own words.
+    """Segments pictures with your own words.
 
     \b
     Examples:
     ovbench predict street.jpg --classes "road, car, sky" --overlay out.png
     ovbench predict cat.jpg --classes classes.txt --method sc-clip --out label.png --save-logits logits.npz
+    ovbench predict photos/ more.jpg --classes classes.txt --out-dir results
     """
-    import numpy as np
-    import torch
-
-    from ovbench import pictures
-    from ovbench.model import build_model
+    from ovbench import classlist
 
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
-    if not any((out, overlay, save_logits, save_features, json)):
-        overlay = image.with_name(f"{image.stem}-overlay.png")
-    words = read_class_list(classes)
-    rgb = pictures.read_rgb(image)
+    targets = Targets(out, overlay, save_logits, save_features)
+    many = out_dir is not None or len(images) > 1 or images[0].is_dir()
+    kinds = _require_fitting(targets, out_dir, write, many)
+    if not many and targets.empty and not json:
+        targets = Targets(overlay=images[0].with_name(f"{images[0].stem}-overlay.png"))
+    entries = classlist.read(classes)
     source = weights or pretrained or "openai"
-    model = build_model(
-        method,
-        classes=words,
-        weights=source,
-        arch=arch,
-        activation=activation,
-        dtype=dtype,  # type: ignore[arg-type]
-        device=device or default_device(),
-        window_batch=window_batch,
-        seed=seed,
-        method_options=parse_options(option or []),
-        short_side=short_side,
-        mode=mode, crop=crop, stride=stride, logit_scale=logit_scale, prob_thd=prob_thd, area_thd=area_thd,
-        templates=templates, patch_pad=patch_pad, pos_interp=pos_interp,
-    )  # fmt: skip
-    network_input = torch.from_numpy(pictures.resize_short_side(rgb, short_side, model.protocol.long_side)).permute(
-        2, 0, 1
-    )
-    height, width = rgb.shape[:2]
-    found = model.patch_logits([network_input], [str(image)])[0]
-    with torch.inference_mode():
-        labels = model.decide(found, (height, width)).cpu().numpy()
-    if source == "builtin":
-        say("The built-in CLIP knows drawn scenes only: on photographs its answers mean nothing.")
-    names = [entry[0] for entry in model.words]
-    colours = pictures.palette(len(names) + 1)[1:]  # without black, which hides the picture
-    files: dict[str, Path] = {}
-    try:
-        if out is not None:
-            _parent(out)
-            pictures.save_label_png(out, labels, colours)
-            files["labels"] = out
-        if overlay is not None:
-            _parent(overlay)
-            picture = pictures.overlay(rgb, labels, colours, names)
-            if source == "builtin":
-                picture = pictures.stack([picture, pictures.caption("demo: built-in CLIP", picture.width)])
-            picture.save(overlay)
-            files["overlay"] = overlay
-        if save_logits is not None:
-            _parent(save_logits)
-            full = found.at((height, width)).cpu().numpy()
-            with save_logits.open("wb") as file:
-                np.savez(file, seg_logits=full, words=np.array(model.query_words))
-            files["logits"] = save_logits
-        if save_features is not None:
-            _parent(save_features)
-            features = model.dense_features(network_input).cpu().numpy()
-            h, w, _ = features.shape
-            with save_features.open("wb") as file:
-                np.savez(file, features=features.reshape(h * w, -1), grid=np.array([h, w]))
-            files["features"] = save_features
-    except OSError as error:
-        raise RunError(f"Cannot write '{error.filename}': {error.strerror}.") from error
-    except ValueError as error:  # Pillow, for a suffix that it does not know
-        raise UsageError(f"Cannot write the picture: {error}. Use a name that ends in .png.") from error
-    shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+    settings: dict[str, Any] = {
+        "weights": source, "arch": arch, "activation": activation, "dtype": dtype, "device": device or default_device(),
+        "window_batch": window_batch, "seed": seed, "method_options": parse_options(option or []),
+        "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
+        "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
+        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr,
+    }  # fmt: skip
+    facts = {"method": method, "weights": source, "demo": source == "builtin"}
+    if many:
+        assert out_dir is not None  # checked above
+        _many(images, out_dir, kinds, Predictor(method, entries, settings), facts, json)
+    else:
+        _one(images[0], targets, Predictor(method, entries, settings), facts, json)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The files that one picture's results go to; None where one is not wanted."""
+
+    labels: Path | None = None
+    overlay: Path | None = None
+    logits: Path | None = None
+    features: Path | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is wanted."""
+        return not self.given()
+
+    def given(self) -> dict[str, Path]:
+        """The files by kind."""
+        return {kind: path for kind in KINDS if (path := getattr(self, kind)) is not None}
+
+
+@dataclass
+class Predictor:
+    """A method on a class list, built when the first picture has been read.
+
+    Attributes:
+        method: Method id or PATH.py:Class.
+        entries: Classes.
+        settings: Of :func:`ovbench.model.build_model`.
+    """
+
+    method: str
+    entries: Sequence[ClassEntry]
+    settings: dict[str, Any]
+    _model: OpenVocabModel | None = field(default=None, init=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the classes, for people."""
+        return [entry.name for entry in self.entries]
+
+    def model(self) -> OpenVocabModel:
+        """The model, the same one for all pictures."""
+        if self._model is None:
+            from ovbench.model import build_model
+
+            with _located():
+                words = [list(entry.words) for entry in self.entries]
+                self._model = build_model(self.method, classes=words, **self.settings)
+        return self._model
+
+    def segment(self, path: Path, targets: Targets) -> Segmented:
+        """One picture read, segmented, and its files written.
+
+        Raises:
+            DataError: The picture cannot be read.
+            RunError: No result, or the user's own method failed.
+            _Unwritable: A file cannot be written.
+        """
+        import numpy as np
+        import torch
+
+        from ovbench import colours, pictures
+
+        image = pictures.read_rgb(path)
+        model, (height, width) = self.model(), image.shape[:2]
+        small = pictures.resize_short_side(image, model.protocol.short_side, model.protocol.long_side)
+        network_input = torch.from_numpy(small).permute(2, 0, 1)
+        arrays: dict[str, dict[str, Any]] = {}
+        with _located():
+            found = model.patch_logits([network_input], [str(path)])[0]
+            labels = model.decide(found, (height, width)).cpu().numpy()
+            if targets.logits is not None:
+                full = found.at((height, width)).cpu().numpy()
+                arrays["logits"] = {"seg_logits": full, "words": model.query_words}
+            if targets.features is not None:
+                features = model.dense_features(network_input).cpu().numpy()
+                h, w, _ = features.shape
+                arrays["features"] = {"features": features.reshape(h * w, -1), "grid": [h, w]}
+        palette = colours.for_classes(self.names)
+        for kind, target in targets.given().items():
+            with _writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if kind == "labels":
+                    pictures.save_label_png(target, labels, palette)
+                elif kind == "overlay":
+                    picture = pictures.overlay(image, labels, palette, self.names)
+                    if self.settings["weights"] == "builtin":
+                        picture = pictures.stack([picture, pictures.caption("demo: built-in CLIP", picture.width)])
+                    picture.save(target)
+                else:
+                    _save_npz(target, arrays[kind])
+        counts = np.bincount(labels.ravel(), minlength=len(self.entries))
+        return Segmented(path, (height, width), (counts / labels.size).tolist(), targets.given())
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What became of one picture: its size (height, width), the share of each class, and the files written."""
+
+    path: Path
+    size: tuple[int, int]
+    shares: list[float]
+    files: dict[str, Path]
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "image": str(self.path),
+            "size": list(self.size),
+            "classes": [{"name": name, "share": share} for name, share in zip(names, self.shares, strict=True)],
+            "files": {kind: str(path) for kind, path in self.files.items()},
+        }
+
+    def largest(self, names: Sequence[str], most: int) -> list[tuple[str, float]]:
+        """Names and shares of the largest classes."""
+        order = sorted(range(len(names)), key=lambda index: -self.shares[index])
+        return [(names[index], self.shares[index]) for index in order[:most] if self.shares[index]]
+
+
+def _require_fitting(targets: Targets, out_dir: Path | None, write: str | None, many: bool) -> list[str]:
+    """The kinds of results for a folder; raises ``UsageError`` where options for one and for many pictures are mixed."""
+    if not many:
+        if write is not None:
+            raise UsageError("--write says what goes to --out-dir: give --out-dir as well.")
+        return []
+    if out_dir is None:
+        raise UsageError("Several pictures need a folder for their results: give --out-dir DIR.")
+    if not targets.empty:
+        options = {"labels": "--out", "overlay": "--overlay", "logits": "--save-logits", "features": "--save-features"}
+        named = ", ".join(options[kind] for kind in targets.given())
+        raise UsageError(
+            f"{named} names the file of one picture. With --out-dir choose what is written with --write, e.g. --write "
+            f"{','.join(targets.given())}."
+        )
+    kinds = [kind.strip() for kind in (write or "labels,overlay").split(",") if kind.strip()]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UsageError(f"--write '{write}': give some of {', '.join(KINDS)}, with commas between them.")
+    return kinds
+
+
+def _one(image: Path, targets: Targets, predictor: Predictor, facts: dict[str, Any], json: bool) -> None:
+    done = predictor.segment(image, targets)
+    _warn(facts)
+    report = done.report(predictor.names)
     if json:
-        print_json({
-            "image": str(image), "size": [height, width], "method": method, "weights": source, "demo": source == "builtin",
-            "classes": [{"name": name, "share": float(share)} for name, share in zip(names, shares, strict=True)],
-            "files": {key: str(path) for key, path in files.items()},
-        })  # fmt: skip
+        print_json({"image": report["image"], "size": report["size"], **facts, **report})
         return
-    for index in np.argsort(-shares, kind="stable")[:10]:
-        if shares[index]:
-            print_text(f"{100 * shares[index]:5.1f} %  {names[index]}")
-    for kind, path in files.items():
+    for name, share in done.largest(predictor.names, SHOWN):
+        print_text(f"{100 * share:5.1f} %  {name}")
+    for kind, path in done.files.items():
         print_text(f"{kind:8s} {path}")
 
 
-def read_class_list(classes: str) -> list[list[str]]:
-    """Classes from a file (one per line, synonyms after commas) or from words with commas between them.
+def _many(
+    images: Sequence[Path], out_dir: Path, kinds: list[str], predictor: Predictor, facts: dict[str, Any], json: bool
+) -> None:
+    """Every picture after the other; a broken one is named and left out, and the status tells at the end."""
+    from ovbench.cli.inputs import gather
 
-    Raises:
-        UsageError: Nothing in it, or a file that is not there.
-    """
-    from ovbench.evaluate.run import read_classes
-    from ovbench.model import class_words
-
-    path = Path(classes).expanduser()
-    if path.is_file():
-        return read_classes(path)
-    if path.suffix in {".txt", ".csv", ".lst"} or "/" in classes:
-        raise UsageError(
-            f"No class list '{classes}'. Give words with commas between them, or a file with one class per line."
+    chosen = gather(images, out_dir)
+    with _writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    done: list[Segmented] = []
+    failed: list[tuple[Path, str]] = []
+    predictor.model()  # weights that cannot be had are no fault of a picture
+    with progress("images") as on_images:
+        for number, picture in enumerate(chosen, 1):
+            targets = Targets(**{kind: out_dir / f"{picture.name}{KINDS[kind]}" for kind in kinds})
+            try:
+                done.append(predictor.segment(picture.path, targets))
+            except (_Unwritable, _OwnMethodFailed):
+                raise
+            except OvbenchError as error:
+                failed.append((picture.path, str(error)))
+                say(f"Left out: {error}")
+            else:
+                if not json:
+                    _print_line(done[-1], predictor.names)
+            on_images(number, len(chosen))
+    _warn(facts)
+    if json:
+        print_json({
+            **facts,
+            "images": [item.report(predictor.names) for item in done],
+            "failed": [{"image": str(path), "reason": reason} for path, reason in failed],
+        })  # fmt: skip
+    if failed:
+        shown = ", ".join(f"'{path}'" for path, _ in failed[:5]) + (", ..." if len(failed) > 5 else "")
+        raise DataError(
+            f"{len(failed)} of {len(chosen)} pictures were left out: {shown}. The others are in '{out_dir}'."
         )
-    return class_words([word for word in classes.split(",") if word.strip()])
+    say(f"{len(done)} pictures: results in '{out_dir}'.")
 
 
-def _parent(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _print_line(done: Segmented, names: Sequence[str]) -> None:
+    found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in done.largest(names, IN_LINE))
+    print_text(f"{done.path}: {found}")
+
+
+def _warn(facts: dict[str, Any]) -> None:
+    if facts["demo"]:
+        say("The built-in CLIP knows drawn scenes only: on photographs its answers mean nothing.")
+
+
+class _Unwritable(RunError):
+    """A result cannot be written: the next picture's cannot either."""
+
+
+class _OwnMethodFailed(RunError):
+    """The user's own method raised: the next picture would meet the same line."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Unwritable(f"Cannot write '{error.filename or path}': {error.strerror or error}.") from error
+    except ValueError as error:  # Pillow, for a suffix that it does not know
+        raise UsageError(f"Cannot write the picture: {error}. Use a name that ends in .png.") from error
+
+
+@contextmanager
+def _located() -> Iterator[None]:
+    """Errors out of a method file of the user's own, with file and line."""
+    from ovbench.registry import own_frame
+
+    try:
+        yield
+    except OvbenchError:
+        raise
+    except Exception as error:
+        place = own_frame(error)
+        if place is None:
+            raise
+        raise _OwnMethodFailed(f"The method failed: {type(error).__name__}: {error} ({place}).") from error
+
+
+def _save_npz(path: Path, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:  # np.savez would add a suffix to a name without one
+        content: Any = {key: np.asarray(value) for key, value in arrays.items()}
+        np.savez(file, **content)

@@ -22,8 +22,8 @@ WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recor
 
 
 def run(
-    method: Annotated[str, typer.Option("--method", "-m", help="Method; see 'ovbench list methods'.", rich_help_panel=WHAT)],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark; see 'ovbench list datasets'.", rich_help_panel=WHAT)],
+    method: Annotated[str, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).", rich_help_panel=WHAT)],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark ('ovbench list datasets'), or your own: a folder, or a config PATH.py.", rich_help_panel=WHAT)],
     data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it: customary layouts are found.", rich_help_panel=WHAT)] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Built-in CLIP on generated scenes: needs no download and no data. Tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
     arch: Annotated[str | None, typer.Option(help="open_clip architecture, e.g. ViT-B-16, ViT-L-14. Not needed for files in OpenAI's format.", rich_help_panel=WHAT)] = None,

@@ -45,9 +45,10 @@ def table(
     if format not in _FORMATS:
         raise unknown_name("format", format, _FORMATS)
     chosen_datasets = _names(datasets, "--datasets")
-    for name in chosen_datasets or []:
-        benchmarks.get(name)  # an unknown name is an error, a known one without a run is a note
     records = store.load_all(results, on_problem=say)
+    for name in chosen_datasets or []:
+        if name not in {record.spec.dataset for record in records}:
+            benchmarks.get(name)  # an unknown name is an error, a known one without a run is a note
     chosen_methods = _names(methods, "--methods")
     recorded = {record.spec.method for record in records}
     for name in chosen_methods or []:

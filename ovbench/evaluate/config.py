@@ -28,13 +28,21 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         UsageError, DataError: Unknown names, or missing data.
     """
     from ovbench import benchmarks
+    from ovbench.registry import method_info
 
     benchmark = benchmarks.get(spec.dataset)
     root, _ = data_of(benchmark, spec, options)
     words, _ = words_of(benchmark, spec)
     path = Path(spec.weights).expanduser()
+    info = method_info(spec.method)
+    # a method from a file is no type of mmseg's registry
+    kind = (
+        {"type": "OpenVocabSegmentor", "method": f"{info.source}:{info.cls}"}
+        if ":" in info.name
+        else {"type": info.name}
+    )
     model: dict[str, Any] = {
-        "type": spec.method,
+        **kind,
         "classes": words,
         "weights": str(path.resolve()) if path.is_file() else spec.weights,
         "arch": spec.arch,

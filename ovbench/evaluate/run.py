@@ -71,6 +71,7 @@ class _State:
     efficiency: records.Efficiency | None = None
     shard: Any = None
     partial_reason: str | None = None
+    benchmark: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -141,8 +142,11 @@ def _clear(error: Exception) -> OvbenchError:
         )
     if "DataLoader worker" in text:
         return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
-    lines = text.strip().splitlines()
-    return RunError(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}")
+    from ovbench.registry import own_frame
+
+    lines, place = text.strip().splitlines(), own_frame(error)
+    where = f" ({place})" if place else ""
+    return RunError(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}{where}")
 
 
 def _evaluate(state: _State) -> None:
@@ -151,13 +155,14 @@ def _evaluate(state: _State) -> None:
 
     spec, options = state.spec, state.options
     method_info(spec.method)  # unknown names before any work
-    benchmark = benchmarks.get(spec.dataset)
+    state.benchmark = benchmark = benchmarks.get(spec.dataset)
     root, synthetic = data_of(benchmark, spec, options)
     if options.check:
         from ovbench.benchmarks.check import quick_check
 
         quick_check(spec.dataset, root)
     state.fingerprint = benchmark.fingerprint(root)
+    wording = wording_of(benchmark, spec)
     words, wording_hash = words_of(benchmark, spec)
 
     from ovbench.backbones.clip_weights import load_clip
@@ -174,12 +179,15 @@ def _evaluate(state: _State) -> None:
     method = cls(clip, config)
     state.weights_sha256 = clip.weights_sha256
     protocol = spec.protocol.model_copy(
-        update={"wording_sha256": wording_hash, "templates_sha256": sha256_of(template_list)}
+        update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": sha256_of(template_list)}
     )
+    info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
     state.spec = spec = spec.model_copy(
         update={
             "protocol": protocol,
-            "method_options": method.options(),
+            "method": info.name,
+            "method_options": {**method.options(), **info.recorded()},
+            "dataset": benchmark.name,
             "arch": clip.arch,
             "weights": Path(spec.weights).name if Path(spec.weights).is_file() else spec.weights,
             "activation": clip.activation,
@@ -200,18 +208,29 @@ def _evaluate(state: _State) -> None:
 
 def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:
     """The data root, and whether its images are generated."""
+    from ovbench.benchmarks import OwnBenchmark, own_root
     from ovbench.benchmarks.synth import is_synthetic, synth
 
-    if spec.demo and options.data_root is None:
+    given = options.data_root or own_root(benchmark)
+    if spec.demo and given is None and not isinstance(benchmark, OwnBenchmark):
         home = cache_dir() / "demo" / f"{benchmark.name}-v{benchmark.version}-{DEMO_IMAGES}"
         return benchmark.resolve_root(synth(benchmark.name, home, images=DEMO_IMAGES, seed=DEMO_SEED)), True
-    if options.data_root is None:
+    if given is None:
         raise UsageError(
             f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try "
             "the tool on generated scenes with --demo."
         )
-    root = benchmark.resolve_root(options.data_root)
+    root = benchmark.resolve_root(given)
     return root, is_synthetic(root)
+
+
+def wording_of(benchmark: Any, spec: RunSpec) -> str:
+    """The wording in force: presets name lists of the eight benchmarks, of which one's own has none."""
+    from ovbench.benchmarks import OwnBenchmark
+
+    p = spec.protocol
+    chosen = "wording" in p.overrides or p.wording in benchmark.wordings
+    return str(benchmark.wordings[0]) if isinstance(benchmark, OwnBenchmark) and not chosen else p.wording
 
 
 def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
@@ -220,7 +239,7 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
     Raises:
         UsageError: Unknown wording, or a file whose number of classes is not the benchmark's.
     """
-    name = spec.protocol.wording
+    name = wording_of(benchmark, spec)
     if name in benchmark.wordings:
         return benchmark.words(name), benchmark.words_sha256(name)
     path = Path(name).expanduser()
@@ -237,15 +256,14 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
 
 
 def read_classes(source: str | Path) -> list[list[str]]:
-    """Classes from a file: one class per line, synonyms after commas; empty lines and # comments are skipped.
+    """Classes from a file: one class per line, ``name: synonym, synonym`` or ``name, synonym``; empty lines and # comments are skipped.
 
     Raises:
         UsageError: No class in it.
     """
-    from ovbench.model import class_words
+    from ovbench.classlist import read_file
 
-    lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    return class_words([line.split(",") for line in lines if line and not line.startswith("#")])
+    return [list(entry.words) for entry in read_file(Path(source))]
 
 
 def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
@@ -283,11 +301,9 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
 
 def metrics_of(state: _State) -> records.Metrics:
     """Scores from the areas in the run's shard file."""
-    from ovbench import benchmarks
-
     total = state.shard.total()
     return records.metrics_from_areas(
-        benchmarks.get(state.spec.dataset).class_names,
+        state.benchmark.class_names,
         total.intersect.tolist(),
         total.union.tolist(),
         total.pred.tolist(),

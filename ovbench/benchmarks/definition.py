@@ -1,0 +1,47 @@
+"""From the data of a definition, a config and its word list, to the fields of a benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ovbench.benchmarks.benchmark import SynthRules
+from ovbench.benchmarks.layout import Layout
+
+
+def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`Benchmark`.
+
+    Args:
+        name: Its id.
+        values: Validated content of a config.
+        lists: Class names, palette and wordings, as :func:`ovbench.benchmarks.config.read_words` gives them.
+    """
+    facts, dataset, synth = values["benchmark"], values["dataset"], values["synth"]
+    rules: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in synth.items()}
+    return {
+        "name": name,
+        "title": facts["title"],
+        "version": facts["version"],
+        "num_classes": facts["num_classes"],
+        "class_names": lists["class_names"],
+        "has_background": facts["has_background"],
+        "reduce_zero_label": dataset["reduce_zero_label"],
+        "expected_images": facts["expected_images"],
+        "palette": lists["palette"],
+        "wordings": tuple(lists["wordings"]),
+        "labels_from": facts["labels_from"],
+        "zero_in_most": facts["zero_in_most"],
+        "has_255": facts["has_255"],
+        "raw_gaps": tuple(facts.get("raw_gaps", ())),
+        "layout": Layout(
+            image_dir=dataset["data_prefix"]["img_path"],
+            label_dir=dataset["data_prefix"]["seg_map_path"],
+            split_file=dataset["ann_file"],
+            image_suffix=dataset["img_suffix"],
+            label_suffix=dataset["seg_map_suffix"],
+            homes=tuple(facts["homes"]),
+        ),
+        "synth_rules": SynthRules(**rules),
+        "dataset_type": dataset["type"],
+        "word_lists": lists["wordings"],
+    }
