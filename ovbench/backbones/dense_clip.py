@@ -162,7 +162,8 @@ class DenseCLIP(nn.Module):
     def use_precision(self, dtype: torch.dtype) -> None:
         """Keep the vision tower's matrices in ``dtype``, so that autocast need not convert them at every forward.
 
-        Norms, embeddings, the patch embedding (under 1 % of the work) and the text tower stay float32. Going back to float32 does not restore lost digits.
+        Norms, embeddings, the patch embedding (under 1 % of the work) and the text tower stay float32. Going back to
+        float32 does not restore lost digits.
         """
         for module in self.visual.modules():
             if isinstance(module, nn.Linear):
