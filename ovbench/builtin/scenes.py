@@ -103,7 +103,7 @@ def _layout(rng: np.random.Generator, height: int, width: int, count: int) -> ND
         return region
     ys = np.arange(height, dtype=np.float32)[:, None] + _wobble(rng, width, 0.07 * side)[None, :]
     xs = np.arange(width, dtype=np.float32)[None, :] + _wobble(rng, height, 0.07 * side)[:, None]
-    nearest = np.full((height, width), np.inf, np.float32)
+    nearest: Floats = np.full((height, width), np.inf, np.float32)
     region = np.zeros((height, width), np.uint8)
     for i in range(count):
         # One site per column strip, so that no cell is a sliver.

@@ -231,11 +231,11 @@ def mask(family: str) -> NDArray[np.uint8]:
     """The outline of a family, (SIDE, SIDE) uint8: from ``INSIDE`` on inside, up to ``RIM`` at the edge."""
     axis = (np.arange(SIDE) + 0.5) / SIDE
     u, v = np.meshgrid(axis, axis)
-    shape = np.zeros((SIDE, SIDE), bool)
+    shape: NDArray[np.bool_] = np.zeros((SIDE, SIDE), bool)
     for stroke in FAMILIES[family]:
         drawn = _stroke(stroke, u, v)
         shape = shape & ~drawn if stroke[0].startswith("-") else shape | drawn
-    soft = shape.astype(np.int32) * 255
+    soft: NDArray[np.signedinteger] = shape.astype(np.int32) * 255
     for _ in range(2):  # box blur of 9 texels along each axis: rounds the corners and gives the rim
         padded = np.pad(soft, [(4, 4), (0, 0)])
         soft = (np.stack([padded[i : i + SIDE] for i in range(9)]).sum(0) // 9).T
