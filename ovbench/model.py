@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import RunError, UsageError
 from ovbench.method import Method
-from ovbench.ops.assemble import Weights, assemble, axis_weights, block_matrix
+from ovbench.ops.assemble import Weights, block_matrix
 from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
+from ovbench.ops.patch_logits import PatchLogits, WindowPlan
 from ovbench.ops.windows import Box, patch_padding, starts
 from ovbench.spec import DType, Protocol, validated
 from ovbench.text import embed_words, templates
@@ -48,61 +49,6 @@ def class_words(classes: Classes) -> list[list[str]]:
     if bare is not None:
         raise UsageError(f"Class {bare} of the class list has no word.")
     return words
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """Where the windows of one image lie.
-
-    Attributes:
-        size: Network input (h, w) in pixels.
-        tops: First row of each row of windows.
-        lefts: First column of each column of windows.
-        window: Window size (h, w).
-        pad_rows: Pixels added above and below every window.
-        pad_columns: Pixels added left and right of every window.
-        patches: Values per window (h, w), known after the forward.
-    """
-
-    size: tuple[int, int]
-    tops: tuple[int, ...]
-    lefts: tuple[int, ...]
-    window: tuple[int, int]
-    pad_rows: tuple[int, int]
-    pad_columns: tuple[int, int]
-    patches: tuple[int, int] = (0, 0)
-
-    def boxes(self) -> list[Box]:
-        """Boxes (top, left, bottom, right) of all windows in reading order."""
-        height, width = self.window
-        return [(top, left, top + height, left + width) for top in self.tops for left in self.lefts]
-
-
-@dataclass(frozen=True)
-class PatchLogits:
-    """Cosine logits of one image before any upsampling.
-
-    Attributes:
-        values: Block matrix (R, C, Q), float32, of the patch values of all windows, words innermost.
-        plan: Where the windows lie.
-        image: The network input (3, h, w), RGB 0..255, that refinements are guided by.
-    """
-
-    values: Tensor
-    plan: WindowPlan
-    image: Tensor
-
-    def weights(self, size: tuple[int, int]) -> Weights:
-        """Row weights (H, R) and column weights (W, C) to an output size, on the CPU."""
-        p = self.plan
-        return (
-            axis_weights(p.size[0], p.tops, p.window[0], p.patches[0], p.pad_rows, size[0]),
-            axis_weights(p.size[1], p.lefts, p.window[1], p.patches[1], p.pad_columns, size[1]),
-        )
-
-    def at(self, size: tuple[int, int]) -> Tensor:
-        """Window-averaged logits (Q, H, W), float32, resized bilinearly from the network input's size."""
-        return assemble(self.values, self.weights(size))
 
 
 class OpenVocabModel(nn.Module):

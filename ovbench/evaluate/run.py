@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,6 @@ class _State:
     shard: Any = None
     partial_reason: str | None = None
     benchmark: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
@@ -86,7 +85,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         The record as stored.
 
     Raises:
-        UsageError, DataError, WeightsError: Nothing was run (a record says so where a results folder can be written).
+        UsageError, DataError, WeightsError: Nothing was computed and no record written.
         RunError, Interrupted: The run ended early; finished images are kept and ``resume=True`` continues.
     """
     checked: RunSpec = validated(RunSpec, spec) if isinstance(spec, dict) else spec
@@ -97,7 +96,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         )
     for key in ("data_root", "results"):
         if options.get(key) is not None:
-            options[key] = Path(options[key])
+            options[key] = Path(options[key]).expanduser()
     chosen = replace(RunOptions(), **options)
     store.ensure_writable(chosen.results)
     state = _State(checked, chosen, datetime.now(timezone.utc))
@@ -189,7 +188,7 @@ def _evaluate(state: _State) -> None:
             "method_options": {**method.options(), **info.recorded()},
             "dataset": benchmark.name,
             "arch": clip.arch,
-            "weights": Path(spec.weights).name if Path(spec.weights).is_file() else spec.weights,
+            "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
             "activation": clip.activation,
             "weights_sha256": clip.weights_sha256,
             "dataset_version": benchmark.version,
