@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ovbench.ops import assemble as assembling
 from ovbench.ops.areas import areas
-from ovbench.ops.assemble import assemble, axis_weights, block_matrix, linear_weights
+from ovbench.ops.assemble import assemble, axis_weights, block_matrix, linear_weights, tiles
 from ovbench.ops.labels import decide
 from ovbench.ops.windows import patch_padding, starts, windows
 
@@ -78,6 +78,7 @@ def test_decide_equals_the_naive_protocol(
     size = (31, 43)
     monkeypatch.setattr(assembling, "STRIP_BYTES", {"cpu": strip * 4 * size[1] * 8})
     monkeypatch.setattr(assembling, "WIDE_BYTES", 1 << 30 if strip > 1 else 0)
+    monkeypatch.setattr(assembling, "TILE", min(strip, 48))
     word_class = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
     for seed in range(5):
         logits = torch.randn(8, 12, 17, generator=torch.Generator().manual_seed(seed)) * 0.1
@@ -93,6 +94,19 @@ def test_decide_equals_the_naive_protocol(
         expected = naive(logits, size, word_class, 20, prob_thd, area_thd, rule)
         assert found.dtype == torch.int64
         assert (found == expected).float().mean() > 0.998  # rounding at ties and thresholds only
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 1.0])
+def test_squares_leave_out_words_that_cannot_win_and_change_nothing(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(300, generator=generator) + spread * torch.randn(9, 14, 300, generator=generator)
+    weights = (linear_weights(9, 150), linear_weights(14, 230))
+    counts = [len(tile.candidates()) for _, _, tile in tiles(values, weights)]
+    assert sum(counts) < 300 * len(counts)
+    if spread == 0.01:
+        assert max(counts) < 60
+    expected = assemble(values, weights).argmax(0)
+    assert (decide(values, weights, torch.arange(300)) == expected).double().mean() > 0.9999
 
 
 def test_decide_on_one_word_and_ties() -> None:

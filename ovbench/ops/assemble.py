@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,35 @@ Weights = tuple[Tensor, Tensor]  # of the rows (H, R) and of the columns (W, C)
 # A strip should stay in a CPU's cache; a GPU wants few, large kernels.
 STRIP_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 WIDE_BYTES = 256 << 20  # of values that are resized along the columns for all rows at once
+TILE = 48  # side of a square in pixels: smaller ones see fewer patches, larger ones cost fewer calls
+
+
+class Tile(NamedTuple):
+    """What one square (s, t) of the output is made of: ``rows @ near @ columns.T`` for every word.
+
+    Attributes:
+        rows: Weights (s, r), not negative, rows summing to 1.
+        columns: Weights (t, c), likewise.
+        near: The patch values (r, c, Q) under the square.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    near: Tensor
+
+    def candidates(self) -> Tensor:
+        """Ascending indices of the words that can be the best somewhere in the square.
+
+        Every output is a weighted mean of the patch values under the square, so a word whose largest value is below
+        another's smallest is nowhere the best.
+        """
+        high, low = self.near.amax(dim=(0, 1)), self.near.amin(dim=(0, 1))
+        return (high >= low.max()).nonzero()[:, 0]
+
+    def output(self, words: Tensor) -> Tensor:
+        """Values (s, t, q) of some words."""
+        across = self.columns @ self.near[:, :, words]  # (r, t, q)
+        return (self.rows @ across.flatten(1)).view(self.rows.shape[0], self.columns.shape[0], -1)
 
 
 @lru_cache(maxsize=256)
@@ -92,6 +122,27 @@ def strips(values: Tensor, weights: Weights | None) -> Iterator[tuple[int, Tenso
         near, index = part[:, used].to(values.device), used.to(values.device)
         source = wide[index] if wide is not None else columns @ values[index]
         yield first, (near @ source.flatten(1)).view(-1, width, q)
+
+
+def tiles(values: Tensor, weights: Weights) -> Iterator[tuple[slice, slice, Tile]]:
+    """Squares of the output: their rows, their columns, and what they are made of.
+
+    Args:
+        values: As in :func:`strips`.
+        weights: As in :func:`strips`.
+    """
+    across = list(_spans(weights[1], TILE, values.device))
+    for rows, near_rows, used_rows in _spans(weights[0], TILE, values.device):
+        strip = values[used_rows]
+        for columns, near_columns, used_columns in across:
+            yield rows, columns, Tile(near_rows, near_columns, strip[:, used_columns])
+
+
+def _spans(weights: Tensor, step: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    for first in range(0, weights.shape[0], step):
+        part = weights[first : first + step]
+        used = (part != 0).any(dim=0).nonzero()[:, 0]
+        yield slice(first, first + part.shape[0]), part[:, used].to(device), used.to(device)
 
 
 def assemble(values: Tensor, weights: Weights) -> Tensor:

@@ -1,8 +1,9 @@
 """From patch logits to a label map: softmax over words, the best word's class, thresholds.
 
 The class of a pixel is the class of its most probable word: the same as the maximum over each class's words of the
-softmax over all words, and then the argmax over classes. So neither probabilities nor class maps are ever made; strips
-of output rows are reduced to the best word and, where a threshold needs it, the log-sum-exp.
+softmax over all words, and then the argmax over classes. So neither probabilities nor class maps are ever made. On a CPU
+only those words are computed in a square of the output that can win there (2 to 8 % of 847 words on photographs);
+elsewhere, and where a threshold needs the log-sum-exp of all words, strips of output rows are reduced at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovbench.ops.assemble import Weights, output_size, strips
+from ovbench.ops.assemble import Weights, output_size, strips, tiles
 
 
 def decide(
@@ -68,6 +69,17 @@ def _reduce(
     word = torch.empty(height, width, dtype=torch.int64, device=values.device)
     top = values.new_empty(height, width) if with_top else values.new_empty(0)
     total = values.new_empty(height, width) if with_total else values.new_empty(0)
+    if weights is not None and not with_total and values.device.type == "cpu":  # a GPU would wait for every count
+        for rows, columns, tile in tiles(values, weights):
+            words = tile.candidates()
+            if len(words) == 1 and not with_top:
+                word[rows, columns] = words
+                continue
+            value, best = tile.output(words).max(dim=-1)
+            word[rows, columns] = words[best]
+            if with_top:
+                top[rows, columns] = value
+        return word, top, total
     for first, part in strips(values, weights):
         here = slice(first, first + part.shape[0])
         value, word[here] = part.max(dim=-1)
