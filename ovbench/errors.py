@@ -46,6 +46,10 @@ class Interrupted(OvbenchError):
     exit_code = 130
 
 
+class OvbenchWarning(UserWarning):
+    """Something that a user should know and may want to change; the command line prints it as one line."""
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str], see: str | None = None) -> UsageError:
     """The error for a name that is not in a registry, with the nearest names and where to find them all.
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_clip import save_tiny, tiny_state
 
+from ovbench.backbones.activation import is_quick
 from ovbench.backbones.clip_weights import load_clip, openai_config
-from ovbench.errors import UsageError, WeightsError
+from ovbench.errors import OvbenchWarning, UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 
 
@@ -52,6 +53,39 @@ def test_activation_of_openais_own_archives_wins_over_the_architectures(tmp_path
     state = {**open_clip.create_model("ViT-S-32-alt").state_dict(), "input_resolution": torch.tensor(224)}
     torch.save(state, tmp_path / "openai.pt")
     assert load_clip(str(tmp_path / "openai.pt"), "ViT-S-32-alt").activation == "quickgelu"
+
+
+def test_a_file_that_does_not_tell_its_activation_is_warned_of_or_refused(tmp_path: Path) -> None:
+    exact = {key: value.contiguous() for key, value in tiny_state().items()}
+    save_file({key: value * 1.001 for key, value in exact.items()}, tmp_path / "bare.safetensors")
+    with pytest.warns(OvbenchWarning, match="Nothing in '.*bare.safetensors' says whether .* --activation gelu"):
+        assert load_clip(str(tmp_path / "bare.safetensors")).activation == "quickgelu"
+    assert load_clip(str(tmp_path / "bare.safetensors"), activation="gelu").activation == "gelu"
+    half = {key: value.half() for key, value in open_clip.create_model("ViT-S-32-alt").state_dict().items()}
+    torch.save(half, tmp_path / "half.pt")
+    with pytest.raises(WeightsError, match=r"float16 values as OpenAI's releases do.*--activation quickgelu or"):
+        load_clip(str(tmp_path / "half.pt"), "ViT-S-32-alt")
+    assert load_clip(str(tmp_path / "half.pt"), "ViT-S-32-alt", activation="gelu").activation == "gelu"
+
+
+def test_what_lies_beside_a_file_and_its_name_tell_its_activation(tmp_path: Path) -> None:
+    state = {key: value.contiguous() for key, value in tiny_state().items()}
+    save_file(state, tmp_path / "vit_b_16.safetensors")
+    assert load_clip(str(tmp_path / "vit_b_16.safetensors")).activation == "quickgelu"
+    torch.save(state, tmp_path / "vit_b_16-laion400m_e32-55e67d44.pt")  # the name of a release trained with GELU
+    assert load_clip(str(tmp_path / "vit_b_16-laion400m_e32-55e67d44.pt")).activation == "gelu"
+    assert is_quick(tmp_path / "x.pt", "d867053b" + 56 * "0", state, "auto", None, None)  # a release's hash
+    assert not is_quick(tmp_path / "x.pt", "55e67d44" + 56 * "0", state, "auto", None, None)
+    with pytest.raises(WeightsError, match=r"trained with GELU .* use --arch ViT-B-16, or force"):
+        is_quick(tmp_path / "x.pt", "55e67d44" + 56 * "0", state, "auto", "ViT-B-16-quickgelu", True)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 32}}', encoding="utf-8")
+    assert load_clip(str(folder / "open_clip_model.safetensors")).activation == "gelu"
+    (folder / "open_clip_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(WeightsError, match=r"Cannot read '.*open_clip_config.json'"):
+        load_clip(str(folder / "open_clip_model.safetensors"))
 
 
 @pytest.mark.parametrize(

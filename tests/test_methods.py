@@ -90,6 +90,14 @@ def test_window_batches_do_not_change_the_result(method: Method) -> None:
         torch.testing.assert_close(one.at((90, 120)), other.at((90, 120)), rtol=1e-4, atol=1e-5)
 
 
+def test_one_window_and_64_give_the_same_labels(method: Method) -> None:
+    images = [photo(250, 330, seed=1), photo(330, 250, seed=2)]
+    sizes = [(375, 500), (500, 375)]
+    one, many = (model_of(method, window_batch=count).predict_labels(images, sizes) for count in (1, 64))
+    equal = torch.cat([(a == b).flatten() for a, b in zip(one, many, strict=True)])
+    assert equal.double().mean() >= 0.9999
+
+
 def test_whole_and_slide_agree_when_one_window_covers_the_image(method: Method) -> None:
     image = photo(200, 200)[None]
     whole = model_of(method, mode="whole").seg_logits(image, (50, 70))

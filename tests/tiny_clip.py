@@ -20,7 +20,8 @@ def tiny_state(seed: int = 0, *, layers: int = 12, width: int = 64, grid: int = 
             text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
             quick_gelu=True,
         )
-    return {key: value.detach().clone() for key, value in model.state_dict().items() if key != "attn_mask"}
+    # in float16, as OpenAI's releases are: that is what tells its activation
+    return {key: value.detach().half().float() for key, value in model.state_dict().items() if key != "attn_mask"}
 
 
 @lru_cache(maxsize=4)

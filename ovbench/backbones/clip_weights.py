@@ -1,7 +1,6 @@
 """Where a CLIP comes from: an open_clip tag, the hub, a file, random numbers, or the built-in one.
 
-The activation follows the weights: a tag knows its own, a file in OpenAI's format means QuickGELU, an open_clip
-architecture names its own. A wrong one costs points without any error, so it is never left to a default, and recorded.
+The activation follows the weights: a tag knows its own, for files :mod:`ovbench.backbones.activation` finds it out.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import logging
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ovbench.backbones.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
@@ -24,9 +24,6 @@ from ovbench.hashing import sha256_of_file
 OPENAI_MEAN = (122.771, 116.746, 104.094)
 OPENAI_STD = (68.501, 66.632, 70.323)
 DEFAULT_ARCH = "ViT-B-16"
-Activation = Literal["auto", "gelu", "quickgelu"]
-# Keys that only OpenAI's own archives carry beside the tensors
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def load_clip(
@@ -37,8 +34,8 @@ def load_clip(
     Args:
         weights: ``builtin``, ``random``, an open_clip tag (``openai``, ``laion2b_s34b_b88k``, ...),
             ``hf-hub:org/name``, or the path of a ``.safetensors`` / ``.pt`` / ``.bin`` state dict.
-        arch: open_clip architecture. For a file, None means OpenAI's format, read from the shapes.
-        activation: For a file that does not tell: force GELU or QuickGELU.
+        arch: open_clip architecture. For a file, None means OpenAI's layout, read from the shapes.
+        activation: For a file: force GELU or QuickGELU.
         seed: Seed of random weights.
         device: Torch device.
 
@@ -113,28 +110,34 @@ def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLI
     state = read_state_dict(path)
     digest = sha256_of_file(path)
     if arch is None:
-        return _from_openai_format(state, str(path), digest, activation=activation)
-    config = _arch_config(arch)
-    openai = any(key in state for key in OPENAI_EXTRAS)
-    quick = activation == "quickgelu" or (activation == "auto" and (openai or bool(config.get("quick_gelu"))))
-    for key in OPENAI_EXTRAS:
-        state.pop(key, None)
+        return _from_openai_format(
+            state, str(path), digest, quick=is_quick(path, digest, state, activation, None, None)
+        )
+    arch_quick = bool(_arch_config(arch).get("quick_gelu"))
+    tensors = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
+    model = _filled(arch, tensors, str(path), quick=arch_quick)  # first: a wrong shape is the plainer error
+    quick = is_quick(path, digest, state, activation, arch, arch_quick)
+    if quick != arch_quick:
+        model = _filled(arch, tensors, str(path), quick=quick)
+    return _wrap(model, arch, str(path), digest, quick)
+
+
+def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.Module:
     model = _create(arch, quick_gelu=quick)
     if not hasattr(model, "token_embedding"):
         from open_clip.model import convert_to_custom_text_state_dict
 
         state = convert_to_custom_text_state_dict(state)
-    _load_strictly(model, state, str(path), arch)
-    return _wrap(model, arch, str(path), digest, quick)
+    _load_strictly(model, state, name, arch)
+    return model
 
 
 def _from_openai_format(
-    state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, activation: Activation = "auto"
+    state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, quick: bool = True
 ) -> DenseCLIP:
     from open_clip.model import CLIP
 
     config = openai_config(state, name)
-    quick = activation != "gelu"
     model = CLIP(**config, quick_gelu=quick)
     vision = config["vision_cfg"]
     arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +19,7 @@ from ovbench.cli.predict import predict
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
 from ovbench.cli.table import table
-from ovbench.errors import OvbenchError
+from ovbench.errors import OvbenchError, OvbenchWarning
 
 EPILOG = (
     "Exit codes: 0 done; 1 a fault in ovbench itself (please report it); 2 a wrong option, name or combination; "
@@ -73,6 +74,26 @@ app.command("schema")(schema)
 
 def run_command(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status of the process; prints failures that a user can mend."""
+    with warnings.catch_warnings():
+        _say_warnings()
+        return _run_command(argv)
+
+
+def _say_warnings() -> None:
+    """Prints ovbench's own warnings as one line; those of libraries as Python does."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, OvbenchWarning):
+            say(f"Warning: {message}")
+        else:
+            usual(message, category, *where)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", OvbenchWarning)
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
     try:
         command = typer.main.get_command(app)
         result = command.main(args=None if argv is None else list(argv), prog_name="ovbench", standalone_mode=False)

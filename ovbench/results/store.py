@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ovbench.errors import DataError, RunError
+from ovbench.errors import DataError, OvbenchWarning, RunError
 from ovbench.results.record import RunRecord, migrate
 
 DEFAULT_ROOT = Path("results") / "runs"
@@ -115,7 +115,7 @@ def load_all(
             records.append(read(path))
         except DataError as error:
             if on_problem is None:
-                warnings.warn(f"Left out: {error}", stacklevel=2)
+                warnings.warn(f"Left out: {error}", OvbenchWarning, stacklevel=2)
             else:
                 on_problem(f"Left out: {error}")
     return records
