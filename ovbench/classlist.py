@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ovbench.errors import UsageError
 
+Classes = Sequence[str | Sequence[str]]  # each a word or a list of words
 LIST_SUFFIXES = {".txt", ".csv", ".lst"}
 
 
@@ -108,3 +109,19 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a long list of words is no file name
         return False
+
+
+def class_words(classes: Classes) -> list[list[str]]:
+    """Each class as a list of words (a class may be given as one word).
+
+    Raises:
+        UsageError: No class, or a class without a word.
+    """
+    words = [[entry] if isinstance(entry, str) else list(entry) for entry in classes]
+    words = [[word.strip() for word in entry if word.strip()] for entry in words]
+    if not words:
+        raise UsageError("The class list is empty: give at least one class, e.g. --classes 'road, car, sky'.")
+    bare = next((index for index, entry in enumerate(words) if not entry), None)
+    if bare is not None:
+        raise UsageError(f"Class {bare} of the class list has no word.")
+    return words

@@ -5,6 +5,8 @@ Windows, batching, synonyms, thresholds, resizing, precision and timing live onc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -14,11 +16,30 @@ from torch import Tensor, nn
 
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, unknown_name
+from ovbench.ops.patch_logits import PatchLogits
 
 
 @dataclass(frozen=True)
 class NoOptions:
     """Config of a method without constants of its own."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the words of a run are.
+
+    Attributes:
+        word_class: Class index of each word (Q,), int64.
+        classes: Number K of classes.
+        logit_scale: Factor on cosine logits before the softmax over words.
+    """
+
+    word_class: Tensor
+    classes: int
+    logit_scale: float
+
+
+Stage = Callable[[str], AbstractContextManager[Any]]  # times a named stage of an image
 
 
 class Method(nn.Module):
@@ -58,6 +79,15 @@ class Method(nn.Module):
             values[key] = _convert(key, value, known[key].default)
         return cls.Config(**values)
 
+    @classmethod
+    def configure_for(cls, options: dict[str, Any], *, weights: str, demo: bool = False) -> Any:
+        """The config for a run: without downloads in a demo, and no second backbone's weights where CLIP's are random."""
+        given = {**(cls.OFFLINE_OPTIONS if demo else {}), **options}
+        known = {field.name: field.default for field in fields(cls.Config)}
+        if weights == "random" and "attention_weights" in known and given.get("attention", known["attention"]) != "clip":
+            given.setdefault("attention_weights", "random")
+        return cls.configure(given)
+
     def options(self) -> dict[str, Any]:
         """All constants in force, for the record."""
         return asdict(self.config)
@@ -74,6 +104,26 @@ class Method(nn.Module):
         """Cosine logits (B, Q, h, w), float32, of normalised images (B, 3, H, W) against embeddings (Q, D)."""
         features = F.normalize(self.features(images).float(), dim=-1)
         return (features @ text.T).permute(0, 3, 1, 2)
+
+
+class Solver(Method):
+    """Base of methods that read the classes of a whole image out of its logits in another way than the best word."""
+
+    def patch_logits_and_attention(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patch logits as :meth:`Method.patch_logits`, and what :meth:`class_scores` may want of each window (B, ...)."""
+        return self.patch_logits(images, text), None
+
+    def class_scores(self, found: PatchLogits, vocabulary: Vocabulary, stage: Stage) -> Tensor:
+        """Scores (K, h, w), float32, of one image on any grid that spans it: each pixel takes its best class.
+
+        A class without a positive score anywhere is out.
+
+        Args:
+            found: Logits of the image.
+            vocabulary: The words.
+            stage: Times a named stage.
+        """
+        raise NotImplementedError
 
 
 def _convert(name: str, value: Any, default: Any) -> Any:

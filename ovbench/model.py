@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.classlist import Classes, class_words
 from ovbench.errors import RunError, UsageError
-from ovbench.method import Method
-from ovbench.ops.assemble import Weights, block_matrix
+from ovbench.method import Method, Solver, Stage, Vocabulary
+from ovbench.ops.assemble import Weights, block_matrix, linear_weights
 from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
@@ -31,24 +32,6 @@ from ovbench.text import embed_words, templates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_WINDOWS = 32  # windows per forward when window_batch is not set, of 224 x 224 pixels; fewer of larger ones
-Classes = Sequence[str | Sequence[str]]
-Stage = Callable[[str], AbstractContextManager[Any]]
-
-
-def class_words(classes: Classes) -> list[list[str]]:
-    """Each class as a list of words (a class may be given as one word).
-
-    Raises:
-        UsageError: No class, or a class without a word.
-    """
-    words = [[entry] if isinstance(entry, str) else list(entry) for entry in classes]
-    words = [[word.strip() for word in entry if word.strip()] for entry in words]
-    if not words:
-        raise UsageError("The class list is empty: give at least one class, e.g. --classes 'road, car, sky'.")
-    bare = next((index for index, entry in enumerate(words) if not entry), None)
-    if bare is not None:
-        raise UsageError(f"Class {bare} of the class list has no word.")
-    return words
 
 
 class OpenVocabModel(nn.Module):
@@ -85,9 +68,16 @@ class OpenVocabModel(nn.Module):
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
         method.use_precision(DTYPES[dtype])
-        self.network: Callable[[Tensor, Any], Tensor] = method.patch_logits
+        self.solver = method if isinstance(method, Solver) else None
+        if self.solver and (protocol.prob_thd > 0 or protocol.area_thd is not None):
+            raise UsageError(
+                "A solver's scores are no probabilities: prob_thd and area_thd have no meaning. Use --protocol direct-seg."
+            )
+        self.network: Callable[[Tensor, Any], Any] = method.patch_logits
+        if self.solver and protocol.mode == "whole":
+            self.network = self.solver.patch_logits_and_attention
         if compile_mode != "off":
-            self.network = torch.compile(method.patch_logits, mode=compile_mode, dynamic=False)
+            self.network = torch.compile(self.network, mode=compile_mode, dynamic=False)
         self.eval()
 
     def set_classes(self, classes: Classes) -> None:
@@ -144,12 +134,16 @@ class OpenVocabModel(nn.Module):
         if len(sizes) != len(batch):
             raise ValueError(f"{len(batch)} images but {len(sizes)} sizes")
         found = self.patch_logits(batch, names)
+        if self.solver:  # has stages of its own
+            return [self.solve(logits, size) for logits, size in zip(found, sizes, strict=True)]
         with self.stage("decide"):
             return [self.decide(logits, size) for logits, size in zip(found, sizes, strict=True)]
 
     @torch.inference_mode()
     def decide(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
         """Label map (H, W), int64, of one image under the protocol's scale and thresholds."""
+        if self.solver:
+            return self.solve(logits, size)
         p = self.protocol
         weights: Weights | None = None
         if p.pamr or p.upsample != "bilinear":
@@ -167,20 +161,46 @@ class OpenVocabModel(nn.Module):
         )
 
     @torch.inference_mode()
+    def solve(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
+        """Label map (H, W), int64, of one image from the method's own scores per class."""
+        p = self.protocol
+        assert self.solver is not None
+        vocabulary = Vocabulary(self.word_class, self.num_classes, p.logit_scale)  # type: ignore[arg-type]
+        scores = self.solver.class_scores(logits, vocabulary, self.stage)
+        with self.stage(p.upsample):
+            alive = (scores.flatten(1).amax(dim=1) > 0).nonzero()[:, 0]  # only these are brought to the image's size
+            if not len(alive):
+                return torch.zeros(size, dtype=torch.int64, device=scores.device)
+            scores = scores[alive]
+            if p.pamr or p.upsample == "jbu":
+                values, weights = self._refined(scores, logits, size).permute(1, 2, 0), None
+            else:
+                values = scores.permute(1, 2, 0)
+                weights = (linear_weights(scores.shape[1], size[0]), linear_weights(scores.shape[2], size[1]))
+            return decide(values, weights, alive)
+
+    @torch.inference_mode()
     def refine(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
         """Window-averaged logits (Q, H, W) under the protocol's upsampling and PAMR, guided by the image.
 
         Both work at the output size, on the network input resized to it, as NACLIP's code does with PAMR.
         """
-        p, (h, w) = self.protocol, logits.plan.size
+        (h, w), patch = logits.plan.size, self.clip.patch
+        if self.protocol.upsample == "jbu":
+            size_of_patches = (max(1, round(h / patch)), max(1, round(w / patch)))
+            return self._refined(logits.at(size_of_patches), logits, size)
+        return self._refined(logits.at(size), logits, size)
+
+    def _refined(self, values: Tensor, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
+        """Values (K, h, w) at the size (K, H, W) under the protocol's upsampling and PAMR."""
+        p = self.protocol
         image = logits.image.to(self.device).float() / 255
         guide = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
         if p.upsample == "jbu":
-            patch = self.clip.patch
-            full = jbu(logits.at((max(1, round(h / patch)), max(1, round(w / patch)))), guide)
-        else:
-            full = logits.at(size)
-        return pamr(full, guide, iterations=p.pamr, dilations=p.pamr_dilations) if p.pamr else full
+            values = jbu(values, guide)
+        elif tuple(values.shape[-2:]) != size:
+            values = F.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
+        return pamr(values, guide, iterations=p.pamr, dilations=p.pamr_dilations) if p.pamr else values
 
     @torch.inference_mode()
     def dense_features(self, image: Tensor) -> Tensor:
@@ -194,6 +214,7 @@ class OpenVocabModel(nn.Module):
         """Cosine logits of all windows of each image (3, h, w), at patch resolution."""
         plans = [self._plan(image) for image in images]
         parts: list[list[Tensor]] = [[] for _ in images]
+        seen: list[list[Tensor]] = [[] for _ in images]
         # windows of one size, over all images, in reading order
         groups: dict[tuple[int, int], list[tuple[int, Box]]] = {}
         for index, plan in enumerate(plans):
@@ -202,17 +223,21 @@ class OpenVocabModel(nn.Module):
             done = 0
             while done < len(jobs):
                 some = jobs[done : done + self.step(window)]
-                logits = self._attempt(images, some, names)
-                if logits is None:  # out of memory: once more with half the windows
+                result = self._attempt(images, some, names)
+                if result is None:  # out of memory: once more with half the windows
                     continue
+                logits, attention = result
                 done += len(some)
                 for row, (index, _) in enumerate(some):
                     parts[index].append(logits[row])
+                    if attention is not None:
+                        seen[index].append(attention[row])
         found = []
-        for image, plan, windows_of_image in zip(images, plans, parts, strict=True):
+        for image, plan, windows_of_image, attended in zip(images, plans, parts, seen, strict=True):
             values = block_matrix(torch.stack(windows_of_image), len(plan.tops), len(plan.lefts))
             grid = (windows_of_image[0].shape[-2], windows_of_image[0].shape[-1])
-            found.append(PatchLogits(values, replace(plan, patches=grid), image))
+            attention = torch.stack(attended) if attended else None
+            found.append(PatchLogits(values, replace(plan, patches=grid), image, attention))
         return found
 
     def network_input(self, images: Tensor) -> Tensor:
@@ -239,8 +264,8 @@ class OpenVocabModel(nn.Module):
 
     def _attempt(
         self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None
-    ) -> Tensor | None:
-        """Patch logits (n, Q, h, w) of some windows, or None after memory ran out and the step was halved."""
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Patch logits (n, Q, h, w) of some windows and the method's attention; None when memory ran out."""
         try:
             return self._forward(images, jobs, names)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -254,14 +279,18 @@ class OpenVocabModel(nn.Module):
             torch.cuda.empty_cache()
         return None
 
-    def _forward(self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None) -> Tensor:
+    def _forward(
+        self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor | None]:
         with self.stage("prepare"):
             crops = torch.stack([images[i][:, top:bottom, left:right] for i, (top, left, bottom, right) in jobs])
             if self.window_batch and len(jobs) < self.window_batch:
                 crops = torch.cat([crops, crops.new_zeros(self.window_batch - len(jobs), *crops.shape[1:])])
             batch = self.network_input(crops)
-        with self.stage("backbone"), self._precision():
-            logits = self.network(batch, self.text)[: len(jobs)].float()
+        with self.stage("logits" if self.solver else "backbone"), self._precision():
+            result = self.network(batch, self.text)
+            logits, attention = result if isinstance(result, tuple) else (result, None)
+            logits = logits[: len(jobs)].float()
         finite = logits.isfinite().flatten(1).all(dim=1)
         if not bool(finite.all()):
             index, box = jobs[int((~finite).nonzero()[0, 0])]
@@ -270,7 +299,7 @@ class OpenVocabModel(nn.Module):
                 f"NaN or infinity in the patch logits of {name}, window {box} (stage: backbone, {self.dtype}). "
                 f"{'Try --dtype float32 or bfloat16.' if self.dtype == 'float16' else 'Check the weights file.'}"
             )
-        return logits
+        return logits, attention
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
@@ -328,7 +357,7 @@ def build_model(
 
     words = class_words(classes)
     cls = method_class(method)
-    config = cls.configure(method_options or {})
+    config = cls.configure_for(method_options or {}, weights=weights)
     chosen: Protocol
     if isinstance(protocol, dict):
         chosen = validated(Protocol, protocol)

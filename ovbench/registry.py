@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "ovbench.methods"
 _BASE = "ovbench.method.Method"
+ALIASES = {"clip-kk": "kk"}  # names that papers use
 _TOLD = ("summary", "paper", "protocol")
 _RECORDED = re.compile(r"\w+:\w+")
 
@@ -114,6 +115,7 @@ def method_info(name: str) -> MethodInfo:
     if _is_path(name):
         return _of_file(name)[0]
     methods = _methods()
+    name = ALIASES.get(name, name)
     if name not in methods:
         if _RECORDED.fullmatch(name):
             stem, _, cls = name.partition(":")

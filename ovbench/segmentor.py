@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovbench.classlist import Classes
 from ovbench.compat import import_mmseg
 from ovbench.errors import RunError, UsageError
-from ovbench.model import Classes, OpenVocabModel, build_model
+from ovbench.model import OpenVocabModel, build_model
 from ovbench.registry import method_names
 
 import_mmseg()

@@ -283,7 +283,7 @@ class Halves(AttentionSource):
         bright = F.avg_pool2d(images.mean(dim=1, keepdim=True), 4)[:, 0] > 128  # (B, h, w)
         return torch.stack([bright, ~bright], dim=-1).float()
 
-    def attention(self, images: Tensor, last_blocks: int = 3) -> tuple[Tensor, tuple[int, int]]:
+    def attention(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         raise NotImplementedError
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ovbench.backbones.attention_base import AttentionSource, TransformerSource, to_whole_patches
+from ovbench.backbones.attention_sd2 import SIZE, TIMESTEP
+from ovbench.backbones.attention_sd2_weights import load_sd2
 from ovbench.backbones.attention_vit import VITS, load_vit
 from ovbench.backbones.dense_clip import DenseCLIP, Grid
 from ovbench.errors import UsageError, unknown_name
@@ -28,15 +30,17 @@ class ClipSource(TransformerSource):
 
     Args:
         clip: The loaded CLIP.
+        last_blocks: Blocks whose attention is averaged; None is the interface's default.
     """
 
     name = "clip"
     prefix = 1
 
-    def __init__(self, clip: DenseCLIP) -> None:
+    def __init__(self, clip: DenseCLIP, last_blocks: int | None = None) -> None:
         super().__init__()
         self.clip = clip
         self.patch, self.depth = clip.patch, clip.depth
+        self.average_last(last_blocks)
         self.weights = Path(clip.weights).name if Path(clip.weights).is_file() else clip.weights
         self.weights_sha256 = clip.weights_sha256
         self.eval()
@@ -71,32 +75,66 @@ class ClipSource(TransformerSource):
 
 def source_names() -> list[str]:
     """Ids of all sources."""
-    return [*VITS, "clip"]
+    return [*VITS, "sd2", "clip"]
 
 
 def load_source(
-    name: str, weights: str | Path | None = None, *, clip: DenseCLIP | None = None, seed: int = 0
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    clip: DenseCLIP | None = None,
+    seed: int = 0,
+    last_blocks: int | None = None,
+    size: int | None = None,
+    timestep: int | None = None,
 ) -> AttentionSource:
     """A frozen source in float32 and evaluation mode, on the device of ``clip`` (else on the CPU).
 
     Args:
         name: See :func:`source_names`.
         weights: None fetches the published weights from the hub (or its cache); ``"random"`` gives the architecture
-            alone; else the path of a state dict in timm's or the authors' layout.
+            alone; else the path of a state dict in timm's or the authors' layout, for ``"sd2"`` of a folder in
+            diffusers' layout or the name of another repository of the hub.
         clip: The run's CLIP; needed for ``"clip"``.
         seed: Seed of random weights.
+        last_blocks: Of transformers: blocks whose attention is averaged; None is 3.
+        size: Of ``"sd2"``: its images have the area of a square of this side in pixels; None is 512.
+        timestep: Of ``"sd2"``: step of the one denoising call; None is 1.
 
     Raises:
-        UsageError: Unknown name, or weights for ``"clip"``.
+        UsageError: Unknown name, weights for ``"clip"``, an option that the source does not have or cannot take, or
+            diffusers is missing for ``"sd2"``.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
+    if name not in source_names():
+        raise unknown_name("attention source", name, source_names())
+    _only_its_options(name, last_blocks=last_blocks, size=size, timestep=timestep)
     if name == "clip":
         if weights is not None:
             raise UsageError("The attention source 'clip' is the run's own CLIP: leave attention_weights away.")
         if clip is None:
             raise ValueError("the attention source 'clip' needs the loaded CLIP")
-        return ClipSource(clip)
-    if name not in VITS:
-        raise unknown_name("attention source", name, source_names())
-    source = load_vit(name, weights, seed=seed)
+        return ClipSource(clip, last_blocks)
+    source: AttentionSource
+    if name == "sd2":
+        source = load_sd2(
+            weights,
+            seed=seed,
+            size=SIZE if size is None else size,
+            timestep=TIMESTEP if timestep is None else timestep,
+        )
+    else:
+        source = load_vit(name, weights, seed=seed, last_blocks=last_blocks)
     return source if clip is None else source.to(next(clip.parameters()).device)
+
+
+def _only_its_options(name: str, **options: int | None) -> None:
+    """Refuses options that would be ignored; names them as methods do."""
+    known = ("attention_size", "attention_timestep") if name == "sd2" else ("attention_blocks",)
+    shown = {"last_blocks": "attention_blocks", "size": "attention_size", "timestep": "attention_timestep"}
+    given = [shown[option] for option, value in options.items() if value is not None]
+    ignored = [option for option in given if option not in known]
+    if ignored:
+        raise UsageError(
+            f"The attention source '{name}' has no option {' or '.join(ignored)}. It has: {', '.join(known)}."
+        )

@@ -13,6 +13,8 @@ from ovbench.backbones.dense_clip import Grid
 from ovbench.errors import UsageError
 
 LAST_BLOCKS = 3  # blocks whose attention is averaged, from the trial on DINOv2-S/14; inferred
+# Scores held at once while attention is added up: what stays in a CPU's cache; few launches on a GPU (64 MiB).
+CPU_SCORES, GPU_SCORES = 2**20, 2**24
 
 
 class AttentionSource(nn.Module, ABC):
@@ -37,15 +39,20 @@ class AttentionSource(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """Last layer's patch tokens (B, h, w, C), float32, of RGB images (B, 3, H, W) with values 0..255."""
+        """Last layer's patch tokens (B, h, w, C), float32, of RGB images (B, 3, H, W) with values 0..255.
+
+        Raises:
+            UsageError: The source has attention only.
+        """
 
     @abstractmethod
-    def attention(self, images: Tensor, last_blocks: int = LAST_BLOCKS) -> tuple[Tensor, Grid]:
+    def attention(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Self-attention between patches (B, N, N), float32, rows summing to 1, and the grid (h, w), N = h * w.
+
+        The tensor is new at every call: the caller may change it.
 
         Args:
             images: RGB images (B, 3, H, W) with values 0..255.
-            last_blocks: How many of the last blocks are averaged, with all their heads.
         """
 
     def use_precision(self, dtype: torch.dtype) -> None:
@@ -67,10 +74,31 @@ class AttentionSource(nn.Module, ABC):
 
 
 class TransformerSource(AttentionSource):
-    """A source that is a plain vision transformer: blocks over [prefix tokens, patches row-major]."""
+    """A source that is a plain vision transformer: blocks over [prefix tokens, patches row-major].
+
+    Attributes:
+        depth: Number of blocks.
+        prefix: Tokens before the patches: CLS and registers.
+        last_blocks: How many of the last blocks' attention is averaged, with all their heads.
+    """
 
     depth: int
-    prefix: int  # tokens before the patches: CLS and registers
+    prefix: int
+    last_blocks: int
+
+    def average_last(self, blocks: int | None) -> None:
+        """Sets ``last_blocks``; None is :data:`LAST_BLOCKS`, or all where there are fewer.
+
+        Raises:
+            UsageError: Fewer than one block, or more than there are.
+        """
+        if blocks is not None and not 1 <= blocks <= self.depth:
+            raise UsageError(f"attention_blocks={blocks}: {self.name} has {self.depth} blocks, give 1 .. {self.depth}.")
+        self.last_blocks = min(LAST_BLOCKS, self.depth) if blocks is None else blocks
+
+    def record(self) -> dict[str, Any]:
+        """What a record should say of the source."""
+        return {**super().record(), "attention_last_blocks": self.last_blocks}
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -100,18 +128,12 @@ class TransformerSource(AttentionSource):
         features: Tensor = self.norm(x[:, self.prefix :]).float().unflatten(1, grid)
         return features
 
-    def attention(self, images: Tensor, last_blocks: int = LAST_BLOCKS) -> tuple[Tensor, Grid]:
-        """Mean attention (B, N, N) of the last blocks' heads between patches, float32, rows rescaled to sum 1.
-
-        Raises:
-            UsageError: Fewer than one block, or more than there are.
-        """
-        if not 1 <= last_blocks <= self.depth:
-            raise UsageError(f"last_blocks={last_blocks}: {self.name} has {self.depth} blocks, give 1 .. {self.depth}.")
+    def attention(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Mean attention (B, N, N) of the last blocks' heads between patches, float32, rows rescaled to sum 1."""
         x, grid = self.embed(images)
         total = torch.zeros(x.shape[0], x.shape[1], x.shape[1], device=x.device)
         for index in range(self.depth):
-            if index >= self.depth - last_blocks:
+            if index >= self.depth - self.last_blocks:
                 add_attention(total, *self.query_key(index, x))
             if index < self.depth - 1:
                 x = self.block(index, x)
@@ -127,18 +149,24 @@ def to_whole_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def add_attention(total: Tensor, q: Tensor, k: Tensor) -> None:
-    """Adds every head's softmax(q k^T / sqrt d), in float32, to ``total`` (B, T, T); one head at a time in memory.
+    """Adds every head's softmax(q k^T / sqrt d) to ``total`` (B, T, T), in float32 whatever the dtype of q and k.
+
+    A few rows of one head are in memory at a time, so the extra memory does not grow with T^2. The products are float32
+    too: they are a small part of the work, and scores rounded to bfloat16 would be wrong by several per cent.
 
     Args:
         total: Changed in place.
         q: Queries (B, heads, T, d).
         k: Keys (B, heads, T, d).
     """
+    batch, heads, length, width = q.shape
+    rows = max(1, (GPU_SCORES if q.is_cuda else CPU_SCORES) // (batch * length))
     with torch.autocast(q.device.type, enabled=False):
-        scale = q.shape[-1] ** -0.5
-        for head in range(q.shape[1]):
-            scores = (q[:, head].float() * scale) @ k[:, head].float().transpose(1, 2)
-            total += scores.softmax(dim=-1)
+        for head in range(heads):
+            keys = k[:, head].float().transpose(1, 2)  # (B, d, T)
+            for start in range(0, length, rows):
+                queries = q[:, head, start : start + rows].float() * width**-0.5
+                total[:, start : start + rows] += (queries @ keys).softmax(dim=-1)
 
 
 def between_patches(attention: Tensor, prefix: int) -> Tensor:

@@ -65,14 +65,24 @@ class ViTSource(TransformerSource):
         recipe: How its images are embedded.
         weights: For records.
         weights_sha256: Content hash of the weights.
+        last_blocks: Blocks whose attention is averaged; None is the interface's default.
     """
 
-    def __init__(self, name: str, model: Any, recipe: ViTRecipe, weights: str, weights_sha256: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        recipe: ViTRecipe,
+        weights: str,
+        weights_sha256: str,
+        last_blocks: int | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.patch, self.weights, self.weights_sha256 = name, recipe.patch, weights, weights_sha256
         self.model = model
         self.recipe = recipe
         self.depth, self.prefix = len(model.blocks), int(model.num_prefix_tokens)
+        self.average_last(last_blocks)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
@@ -122,7 +132,9 @@ class ViTSource(TransformerSource):
         return out
 
 
-def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0) -> ViTSource:
+def load_vit(
+    name: str, weights: str | Path | None = None, *, seed: int = 0, last_blocks: int | None = None
+) -> ViTSource:
     """A source of :data:`VITS` in float32 and evaluation mode on the CPU.
 
     Args:
@@ -130,8 +142,10 @@ def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0) -> 
         weights: None fetches the published weights from the hub (or its cache); ``"random"`` gives the architecture
             alone; else the path of a state dict in timm's or the authors' layout.
         seed: Seed of random weights.
+        last_blocks: Blocks whose attention is averaged; None is the interface's default.
 
     Raises:
+        UsageError: More blocks are asked for than there are.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
     recipe = VITS[name]
@@ -140,10 +154,10 @@ def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0) -> 
             torch.manual_seed(seed)
             model = _create(recipe, recipe.size)
         digest = hashlib.sha256(f"random {recipe.arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-        return ViTSource(name, model, recipe, "random", digest)
+        return ViTSource(name, model, recipe, "random", digest, last_blocks)
     path = _download(name, recipe) if weights is None else Path(weights).expanduser()
     shown = recipe.hub if weights is None else path.name
-    return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path))
+    return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path), last_blocks)
 
 
 def _create(recipe: ViTRecipe, size: int) -> nn.Module:

@@ -6,7 +6,8 @@ changes no module, so the wrapped model stays usable as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,6 +116,8 @@ class DenseCLIP(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Any, ...], Tensor] = {}
+        self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
+        self._watched_from = 0
         self.requires_grad_(False).eval()
 
     @property
@@ -225,10 +228,32 @@ class DenseCLIP(nn.Module):
         x, grid = self.embed(images)
         kept: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            x = self.block(index, x)
+            q, k, v = self.qkv(x, index)
+            self._show(index, q, k)
+            x = self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
             if index in wanted:
                 kept[index] = x
+        if self._watcher is not None and max(wanted) == self.depth - 2:  # a rule takes the place of the last block
+            q, k, _ = self.qkv(x)
+            self._show(self.depth - 1, q, k)
         return Tokens(kept, grid)
+
+    @contextmanager
+    def watched(self, watcher: Callable[[int, Tensor, Tensor], None], last_blocks: int) -> Iterator[None]:
+        """Shows ``watcher`` the index, queries and keys (B, heads, T, d) of the last blocks during :meth:`tokens`.
+
+        A method that replaces the last block still shows the queries and keys of the ordinary one. So a second use of
+        the tower's attention needs no second forward.
+        """
+        self._watcher, self._watched_from = watcher, self.depth - last_blocks
+        try:
+            yield
+        finally:
+            self._watcher = None
+
+    def _show(self, index: int, q: Tensor, k: Tensor) -> None:
+        if self._watcher is not None and index >= self._watched_from:
+            self._watcher(index, q, k)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Output (B, T, C) of one ordinary block."""
@@ -236,8 +261,12 @@ class DenseCLIP(nn.Module):
 
     def apply_block(self, index: int, x: Tensor, grid: Grid, rule: LastBlock) -> Tensor:
         """Output (B, T, C) of block ``index`` under ``rule``."""
+        return self._after_attention(index, x, *self.qkv(x, index), grid, rule)
+
+    def _after_attention(
+        self, index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rule: LastBlock
+    ) -> Tensor:
         block: Any = self.blocks[index]
-        q, k, v = self.qkv(x, index)
         heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
         out = block.ls_1(self.merge_heads(heads, index))
         if rule.residual:

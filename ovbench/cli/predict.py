@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovbench.cli.console import print_json, print_text, say
-from ovbench.cli.run import default_device, parse_options, progress
+from ovbench.cli.run import choose, default_device, parse_options, progress
 from ovbench.errors import DataError, OvbenchError, RunError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ IN_LINE = 3  # classes printed for one of many
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures (JPEG, PNG, ...), or folders of pictures.")],
     classes: Annotated[str, typer.Option(help="Words with commas between them, or a file: one class per line, 'name: synonym, synonym'.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).")] = "sc-clip",
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).  [default: sc-clip]")] = None,
+    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, kl or propagate.")] = None,
+    base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on, the same as --method beside --solver.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip: clip, dino-b8, dinov2-s14, dinov2-b14, dinov2-b14-reg, sd2.")] = None,
+    attention_weights: Annotated[str | None, typer.Option(help="Its weights: a file (sd2: a folder) or 'random'.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights file, 'random' or 'builtin'. Default: --pretrained openai.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or hf-hub:org/name.")] = None,
     arch: Annotated[str | None, typer.Option(help="open_clip architecture.")] = None,
@@ -67,6 +71,8 @@ def predict(
     """
     from ovbench import classlist
 
+    default = None if solver else "sc-clip"
+    method, options = choose(method or default, solver, base, attention, attention_weights, parse_options(option or []))
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
     targets = Targets(out, overlay, save_logits, save_features)
@@ -78,7 +84,7 @@ def predict(
     source = weights or pretrained or "openai"
     settings: dict[str, Any] = {
         "weights": source, "arch": arch, "activation": activation, "dtype": dtype, "device": device or default_device(),
-        "window_batch": window_batch, "seed": seed, "method_options": parse_options(option or []),
+        "window_batch": window_batch, "seed": seed, "method_options": options,
         "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
         "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
         "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr,

@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovbench.cli.console import console, print_rich, print_text, say
-from ovbench.errors import UsageError
+from ovbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from ovbench.results.record import RunRecord
 
+SOLVER = "discrepancy-"  # method ids of the solvers begin so
 WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recorded)", "How to work"
 
 
 def run(
-    method: Annotated[str, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).", rich_help_panel=WHAT)],
+    *,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).", rich_help_panel=WHAT)] = None,
+    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, kl or propagate.", rich_help_panel=WHAT)] = None,
+    base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on, the same as --method beside --solver.", rich_help_panel=WHAT)] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip: clip, dino-b8, dinov2-s14, dinov2-b14, dinov2-b14-reg, sd2.", rich_help_panel=WHAT)] = None,
+    attention_weights: Annotated[str | None, typer.Option(help="Its weights: a file (sd2: a folder) or 'random'. Default: the published ones, from the hub.", rich_help_panel=WHAT)] = None,
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark ('ovbench list datasets'), or your own: a folder, or a config PATH.py.", rich_help_panel=WHAT)],
     data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it: customary layouts are found.", rich_help_panel=WHAT)] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Built-in CLIP on generated scenes: needs no download and no data. Tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
@@ -71,7 +77,9 @@ def run(
     ovbench run -m sc-clip -d voc21 --data-root ~/data/VOCdevkit --device cuda
     ovbench run -m clip -d ade20k --data-root ~/data --arch ViT-L-14 --protocol common --limit 50
     ovbench run -m sc-clip -d voc20 --data-root ~/data --weights ViT-B-16.safetensors --resume
+    ovbench run --solver op --base sc-clip --attention dinov2-b14 -d voc20 --data-root ~/data
     """
+    method, options = choose(method, solver, base, attention, attention_weights, parse_options(option or []))
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
     source = weights or pretrained or ("builtin" if demo else "openai")
@@ -96,7 +104,7 @@ def run(
         specs.RunSpec,
         {
             "method": method,
-            "method_options": parse_options(option or []),
+            "method_options": options,
             "dataset": dataset,
             "protocol": specs.protocol(protocol, dataset, method=method, **overrides),
             "arch": arch,
@@ -114,7 +122,7 @@ def run(
     from ovbench.evaluate import RunOptions
     from ovbench.evaluate import run as evaluate
 
-    options: dict[str, Any] = {
+    how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
         "save_predictions": save_predictions, "gallery": gallery, "check": check, "on_message": say,
         "command": shlex.join(["ovbench", *sys.argv[1:]]),
@@ -122,14 +130,56 @@ def run(
     if dump_config is not None:
         from ovbench.evaluate.config import dump_config as dump
 
-        print_text(str(dump(spec, RunOptions(**options), dump_config)))
+        print_text(str(dump(spec, RunOptions(**how), dump_config)))
         return
     with _terminable(), progress("images") as on_images:
-        record = evaluate(spec, **options, on_images=on_images)
+        record = evaluate(spec, **how, on_images=on_images)
     if json:
         print_text(record.to_json())
     else:
         show(record, results)
+
+
+def choose(
+    method: str | None,
+    solver: str | None,
+    base: str | None,
+    attention: str | None,
+    attention_weights: str | None,
+    options: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The method id and its options from ``--method``, ``--solver`` and what goes with them.
+
+    ``--method sc-clip --solver op`` and ``--base sc-clip --solver op`` are ``discrepancy-op`` with ``base=sc-clip``.
+
+    Raises:
+        UsageError: No method, or options that contradict each other.
+    """
+    from ovbench.registry import method_info, method_names
+
+    options = dict(options)
+    if solver is not None:
+        solvers = [name.removeprefix(SOLVER) for name in method_names() if name.startswith(SOLVER)]
+        if solver not in solvers:
+            raise unknown_name("solver", solver, solvers)
+        if method is not None and method.startswith(SOLVER):
+            raise UsageError(
+                f"--method {method} is a solver already: leave --solver away, or name its base with --base."
+            )
+        if method is not None and base is not None:
+            raise UsageError("Beside --solver, --method and --base say the same: give one of them.")
+        method, base = SOLVER + solver, base or method
+    if method is None:
+        raise UsageError("Which method? Give --method NAME ('ovbench list methods'), or --solver op --base NAME.")
+    if base is not None:
+        if not method.startswith(SOLVER):
+            raise UsageError(f"--base is for a solver: add --solver op, or leave it away beside --method {method}.")
+        method_info(base)
+        options["base"] = base
+    for name, value in (("attention", attention), ("attention_weights", attention_weights)):
+        if value is not None:
+            options[name] = value
+    return method, options
 
 
 @contextmanager

@@ -171,8 +171,7 @@ def _evaluate(state: _State) -> None:
 
     require_device(spec.device)
     cls = method_class(spec.method)
-    offline = cls.OFFLINE_OPTIONS if spec.demo else {}  # a demo downloads nothing
-    config = cls.configure({**offline, **spec.method_options})
+    config = cls.configure_for(spec.method_options, weights=spec.weights, demo=spec.demo)
     template_list = templates(spec.protocol.templates)
     clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
     method = cls(clip, config)

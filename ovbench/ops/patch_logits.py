@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.ops.assemble import Weights, assemble, axis_weights
@@ -46,11 +47,13 @@ class PatchLogits:
         values: Block matrix (R, C, Q), float32, of the patch values of all windows, words innermost.
         plan: Where the windows lie.
         image: The network input (3, h, w), RGB 0..255, that refinements are guided by.
+        attention: What the method said of each window besides, (windows, ...); None where it says nothing.
     """
 
     values: Tensor
     plan: WindowPlan
     image: Tensor
+    attention: Tensor | None = None
 
     def weights(self, size: tuple[int, int]) -> Weights:
         """Row weights (H, R) and column weights (W, C) to an output size, on the CPU."""
@@ -63,3 +66,13 @@ class PatchLogits:
     def at(self, size: tuple[int, int]) -> Tensor:
         """Window-averaged logits (Q, H, W), float32, resized bilinearly from the network input's size."""
         return assemble(self.values, self.weights(size))
+
+    def on_grid(self, grid: tuple[int, int]) -> Tensor:
+        """Window-averaged logits (Q, *grid), float32; the patch values themselves where one window has that grid."""
+        plan = self.plan
+        if len(plan.tops) * len(plan.lefts) > 1 or any(plan.pad_rows + plan.pad_columns):
+            return self.at(grid)
+        values = self.values.permute(2, 0, 1)
+        if plan.patches == grid:
+            return values
+        return F.interpolate(values[None], size=grid, mode="bilinear", align_corners=False)[0]
