@@ -83,9 +83,8 @@ class Method(nn.Module):
     def configure_for(cls, options: dict[str, Any], *, weights: str, demo: bool = False) -> Any:
         """The config for a run: without downloads in a demo, and no second backbone's weights where CLIP's are random."""
         given = {**(cls.OFFLINE_OPTIONS if demo else {}), **options}
-        known = {field.name: field.default for field in fields(cls.Config)}
-        if weights == "random" and "attention_weights" in known and given.get("attention", known["attention"]) != "clip":
-            given.setdefault("attention_weights", "random")
+        if weights == "random":
+            given = {**random_backbones(cls, given), **given}
         return cls.configure(given)
 
     def options(self) -> dict[str, Any]:
@@ -135,3 +134,24 @@ def _convert(name: str, value: Any, default: Any) -> Any:
         return type(default)(value)
     except (KeyError, ValueError):
         raise UsageError(f"Option {name}={value!r}: a {type(default).__name__} is needed, e.g. {default}.") from None
+
+
+def random_backbones(cls: Any, options: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Options that make a method's further backbones random too: the same cost, and nothing to download.
+
+    By convention, the option for the weights of a further backbone NAME is NAME_weights, is None for the published ones,
+    and takes ``"random"``; where NAME is ``clip``, it is the method's own. Options of a base method begin with ``base.``.
+    """
+    from ovbench.registry import method_class
+
+    defaults = {field.name: field.default for field in fields(cls.Config)}
+    values = {**defaults, **{key.removeprefix(prefix).replace("-", "_"): value for key, value in options.items()}}
+    found = {
+        prefix + name: "random"
+        for name, default in defaults.items()
+        if name.endswith("_weights") and default is None and values.get(name.removesuffix("_weights")) != "clip"
+    }
+    if "base" in defaults:
+        theirs = {key: value for key, value in options.items() if key.startswith(f"{prefix}base.")}
+        found |= random_backbones(method_class(str(values["base"])), theirs, f"{prefix}base.")
+    return found

@@ -198,7 +198,8 @@ def test_csv_and_json_are_unrounded(make_record):
         "results", "sc-clip", "voc21", "%", record.run_id,
     )  # fmt: skip
     cell = render.to_data(table([record]))["sections"][0]["rows"][0]["cells"][0]
-    assert cell == {"dataset": "voc21", "figure": "miou", "unit": "%", "value": value, "run_id": record.run_id}
+    expected = {"dataset": "voc21", "figure": "miou", "unit": "%", "value": value, "run_id": record.run_id}
+    assert {key: cell[key] for key in expected} == expected
 
 
 def test_names_with_brackets_are_no_markup(make_record):
@@ -206,5 +207,54 @@ def test_names_with_brackets_are_no_markup(make_record):
 
     (section,) = table([make_record(spec={"weights": "[red]x.pt"})]).sections
     console = Console(file=io.StringIO(), width=120)
-    console.print(render.to_rich(section))
+    console.print(*render.to_rich(section))
     assert "[red]x.pt" in console.file.getvalue()
+
+
+def test_the_printed_number_stands_beside_a_run_under_the_papers_settings(make_record):
+    record = make_record(spec={"arch": "ViT-B-16-quickgelu"})
+    (section,) = table([record]).sections
+    (cell,) = section.rows[0].cells
+    assert cell.published == "64.6" and cell.difference == record.metrics.miou - 64.6
+    assert "| 37.78 | 64.6 | −26.82 |" in render.to_markdown(table([record]))
+    assert any("as printed" in note for note in section.notes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spec": {"arch": "ViT-B-32"}},
+        {"spec": {"arch": "ViT-B-16", "weights": "laion2b"}},
+        {"spec": {"arch": "ViT-B-16", "protocol": "common"}},
+        {"spec": {"arch": "ViT-B-16", "protocol": {"name": "sc-clip", "prob_thd": 0.7}}},
+        {"spec": {"arch": "ViT-B-16", "method_options": {"beta": 0.5}}},
+        {"spec": {"arch": "ViT-B-16", "weights": "random"}},
+        {"spec": {"arch": "ViT-B-16"}, "partial": True, "reason": "limited"},
+        {"spec": {"arch": "ViT-B-16"}, "dataset": "made-up"},
+    ],
+)
+def test_no_printed_number_beside_anything_else(make_record, change):
+    sections = table([make_record(**change)]).sections
+    assert [cell.published for section in sections for row in section.rows for cell in row.cells] == [None]
+
+
+def test_explain_names_older_and_failed_runs(make_record):
+    older, newer = make_record(), make_record()
+    failed = make_record(status="failed", reason="out of memory")
+    assert render.explain(table([failed, older, newer])) == [
+        "sc-clip, sc-clip, openai | voc21 mIoU (%)",
+        f"    shown    {newer.run_id}",
+        f"    older    {older.run_id}",
+        f"    refused  {failed.run_id}: failed: out of memory",
+    ]
+
+
+def test_a_mean_names_its_members(make_record):
+    records = [make_record(dataset=dataset) for dataset in ("voc21", "ade20k")]
+    (section,) = table(records, datasets=["voc21", "ade20k"]).sections
+    assert section.rows[0].cells[-1].sources == tuple(record.run_id for record in records)
+
+
+def test_random_weights_of_a_second_network_count_as_random(make_record):
+    record = make_record(method="proxyclip", spec={"method_options": {"attention_weights": "random"}})
+    assert [section.kind for section in table([record]).sections] == ["random-weights"]

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from ovbench._version import __version__
+from ovbench.cli.compare import compare
 from ovbench.cli.console import fail, say
 from ovbench.cli.data import app as data_app
 from ovbench.cli.env import env
 from ovbench.cli.list import list_names
 from ovbench.cli.predict import predict
+from ovbench.cli.profile import profile
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
 from ovbench.cli.table import table
@@ -67,6 +69,8 @@ app.command("run")(run)
 app.command("predict")(predict)
 app.command("list")(list_names)
 app.command("table")(table)
+app.command("compare")(compare)
+app.command("profile")(profile)
 app.add_typer(data_app, name="data", help="Make and check copies of the benchmarks.")
 app.command("env")(env)
 app.command("schema")(schema)
@@ -89,7 +93,7 @@ def _say_warnings() -> None:
         else:
             usual(message, category, *where)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]
     warnings.simplefilter("always", OvbenchWarning)
 
 

@@ -1,49 +1,108 @@
-"""``ovbench table``: records side by side."""
+"""``ovbench table``: records side by side, and the papers' tables with ours beside them."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovbench.cli.console import print_json, print_rich, print_text, say
-from ovbench.errors import UsageError, unknown_name
+from ovbench.cli.console import print_rich, say
+from ovbench.errors import RunError, UsageError, unknown_name
 
-_FORMATS = ("rich", "markdown", "csv", "json")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ovbench.results.layout import Table
+
+_FORMATS = ("rich", "markdown", "csv", "json", "latex", "html")
+# A file has no width: wide enough for any table of a paper, so that its bytes do not depend on a terminal.
+_FILE_WIDTH = 240
 
 
 def table(
+    paper: Annotated[
+        str | None,
+        typer.Option(help="A paper's table: direct-seg, fisa, scn, thesis-caa, thesis-ecac or thesis-lsmseg."),
+    ] = None,
+    number: Annotated[
+        str | None, typer.Option("--table", help="Which one, e.g. 1, 3a, 5.8 or complexity; left out: lists them.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="With --paper: the preset that runs must be under; left out: each method's own."),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results/runs"),
+    profiles: Annotated[
+        Path | None, typer.Option(help="Folder of the profiles; left out: 'profiles' beside --results.")
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="Rows: method names, separated by commas.")] = None,
     datasets: Annotated[str | None, typer.Option(help="Columns: dataset names, separated by commas.")] = None,
     columns: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Figures: miou, macc, aacc, latency, images_per_s, gmacs, gflops, params, memory; separated by commas."
+            help="Figures: miou (when left out), macc, aacc, latency, images_per_s, gmacs, gflops, params, memory; "
+            "separated by commas."
         ),
-    ] = "miou",
-    format: Annotated[str, typer.Option("--format", "-f", help="rich, markdown, csv or json.")] = "rich",
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say for every cell which run it shows, which fit as well, which do not.")
+    ] = False,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="rich, markdown, csv, json, latex (booktabs) or html.")
+    ] = "rich",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to a file instead of stdout.")] = None,
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Shows the newest finished run of every method, setting and dataset.
+    """Shows the newest finished run of every method, setting and dataset, or a paper's table with ours beside it.
 
-    Demo runs, partial runs and random weights stand in tables of their own. What still differs within a column
-    (machine, dataset version, class wording) is said below it.
+    Demo runs, partial runs and random weights stand in tables of their own, and never in a paper's. What still differs
+    within a column (machine, dataset version, class wording) is said below it. In a paper's table a run must be under
+    the method's own protocol and options; where several fit a cell, the newest counts. Parameters, MACs and times may
+    come from 'ovbench profile --save', on random weights, which is said.
 
     \b
     Examples:
     ovbench table
     ovbench table --methods clip,sc-clip --datasets voc21,ade20k --columns miou,latency
-    ovbench table --format markdown > table.md
+    ovbench table --paper direct-seg
+    ovbench table --paper direct-seg --table 1 --explain
+    ovbench table --paper thesis-caa --table 3.5 --format latex --out heads.tex
     """
+    chosen = "json" if json else format
+    if chosen not in _FORMATS:
+        raise unknown_name("format", chosen, _FORMATS)
+    if paper is None:
+        if number is not None or protocol is not None:
+            raise UsageError(f"{'--table' if number is not None else '--protocol'} belongs to --paper: name the paper.")
+        arranged = _of_records(results, methods, datasets, columns)
+    else:
+        given = [
+            name
+            for name, value in (("--methods", methods), ("--datasets", datasets), ("--columns", columns))
+            if value is not None
+        ]
+        if given:
+            raise UsageError(f"{given[0]} does not go with --paper: a paper's table has its own rows and columns.")
+        folder = results.parent / "profiles" if profiles is None else profiles
+        found = _of_paper(paper, number, protocol, results, folder)
+        if found is None:
+            return
+        arranged = found
+    _write(arranged, chosen, out, explain)
+    if not arranged.sections and paper is None:
+        say(f"No finished run in '{results}'. 'ovbench run' makes one; --results names another folder.")
+
+
+def _of_records(results: Path, methods: str | None, datasets: str | None, columns: str | None) -> Table:
     from ovbench import benchmarks
     from ovbench.registry import method_info
-    from ovbench.results import render, store
+    from ovbench.results import store
     from ovbench.results.table import table as arrange
 
-    if format not in _FORMATS:
-        raise unknown_name("format", format, _FORMATS)
     chosen_datasets = _names(datasets, "--datasets")
     records = store.load_all(results, on_problem=say)
     for name in chosen_datasets or []:
@@ -58,20 +117,118 @@ def table(
         used = {record.spec.dataset for record in records if record.status == "ok"}
         known = [name for name in benchmarks.names() if name in used]
         chosen_datasets = known + sorted(used.difference(known))
-    arranged = arrange(records, chosen_methods, chosen_datasets, _names(columns, "--columns") or ["miou"])
-    if json or format == "json":
-        print_json(render.to_data(arranged))
-    elif format == "csv":
-        print_text(render.to_csv(arranged))
-    elif format == "markdown":
-        print_text(render.to_markdown(arranged))
-    else:
+    return arrange(records, chosen_methods, chosen_datasets, _names(columns, "--columns") or ["miou"])
+
+
+def _of_paper(paper: str, number: str | None, protocol: str | None, results: Path, profiles: Path) -> Table | None:
+    """The paper's table; None where there was no more to show than a list of tables."""
+    from ovbench.results import published, store
+    from ovbench.results.measured import of_record
+    from ovbench.results.paper import arrange
+    from ovbench.results.profiles import load_all
+
+    known = published.tables(paper)  # an unknown paper is an error
+    if protocol is not None:
+        from ovbench.spec import protocol_names
+
+        if protocol not in [*protocol_names(), "paper"]:
+            raise unknown_name("protocol", protocol, [*protocol_names(), "paper"], "ovbench list protocols")
+    if number is None and known:
+        _list_tables(paper, known)
+        return None
+    measured = [of_record(record) for record in store.load_all(results, on_problem=say)]
+    measured += load_all(profiles, on_problem=say)
+    return arrange(paper, number or "", measured, protocol)
+
+
+def _list_tables(paper: str, known: list[str]) -> None:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from ovbench.results import published
+
+    grid = RichTable(title=Text(published.title(paper), style="bold"))
+    for name in ("--table", "rows", "figures", "datasets"):
+        grid.add_column(name, overflow="fold")
+    for table_id in known:
+        entries = published.table_numbers(paper, table_id)
+        rows = {(entry.row, entry.variant, entry.backbone, entry.train_data) for entry in entries}
+        figures = dict.fromkeys(entry.metric for entry in entries)
+        names = dict.fromkeys(entry.dataset for entry in entries)
+        grid.add_row(*map(Text, (table_id, str(len(rows)), ", ".join(figures), ", ".join(names))))
+    print_rich(grid)
+
+
+def _write(arranged: Table, format: str, out: Path | None, explain: bool) -> None:
+    """To a file or stdout; everything but a terminal gets UTF-8, whatever the locale."""
+    from ovbench.results import render
+
+    explained = render.explain(arranged) if explain else []
+    if format == "rich" and out is None and sys.stdout.isatty():
+        width = os.get_terminal_size(sys.stdout.fileno()).columns
         for section in arranged.sections:
-            print_rich(render.to_rich(section), *section.notes)
+            print_rich(*render.to_rich(section, width), *map(_plain, section.notes))
+        print_rich(*map(_plain, explained))
         for note in arranged.left_out:
             say(note)
-    if not arranged.sections:
-        say(f"No finished run in '{results}'. 'ovbench run' makes one; --results names another folder.")
+        return
+    text = _text(arranged, format, explained)
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(text.encode("utf-8"))
+        except OSError as error:
+            raise RunError(
+                f"Cannot write '{out}': {error.strerror or error}. Choose another place with --out."
+            ) from error
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.flush()
+    if format in ("rich", "csv"):  # where there is no place for them in the table itself
+        for note in arranged.left_out:
+            say(note)
+
+
+def _plain(text: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _text(arranged: Table, format: str, explained: list[str]) -> str:
+    import json
+
+    from ovbench.results import render, render_markup
+
+    if format == "json":
+        return json.dumps(render.to_data(arranged), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if format == "csv":
+        return render.to_csv(arranged, explained=bool(explained))
+    if format == "html":
+        return render_markup.to_html(arranged, explained)
+    if format == "latex":
+        return render_markup.to_latex(arranged) + "".join(f"% {line}\n" for line in explained)
+    if format == "markdown":
+        block = "\n```text\n" + "\n".join(explained) + "\n```\n" if explained else ""
+        return render.to_markdown(arranged) + block
+    return _rich_text(arranged, explained)
+
+
+def _rich_text(arranged: Table, explained: list[str]) -> str:
+    from rich.console import Console
+
+    from ovbench.results import render
+
+    buffer = io.StringIO()
+    for section in arranged.sections:
+        for grid in render.to_rich(section, _FILE_WIDTH):
+            # no markup, no colour, no look at the environment: the same bytes everywhere
+            console = Console(file=buffer, width=_FILE_WIDTH, color_system=None, legacy_windows=False, _environ={})
+            console.print(grid)
+        buffer.write("".join(f"{note}\n" for note in section.notes))
+    buffer.write("".join(f"{line}\n" for line in explained))
+    return buffer.getvalue()
 
 
 def _names(text: str | None, option: str) -> list[str] | None:

@@ -194,7 +194,11 @@ def efficiency(
 def _count(model: OpenVocabModel, dataset: Any) -> tuple[flops.Flops, str]:
     """Operations of one network forward at the first image's input, and that input in words."""
     protocol = model.protocol
-    height, width = dataset[0]["inputs"].shape[-2:]
+    image = dataset[0]["inputs"]
+    height, width = image.shape[-2:]
+    if model.solver:
+        counted = flops.count(lambda: model.predict_labels([image.flip(0)], [(height, width)]))
+        return counted, f"1x3x{height}x{width}, one whole image: networks, solver and upsampling"
     boxes = 1
     if protocol.mode == "slide":
         found = windows(height, width, protocol.crop, protocol.stride)

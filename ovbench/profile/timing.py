@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ovbench.profile.samples import summary as summary
 
 MIB = float(2**20)
 
@@ -20,15 +22,23 @@ class Stopwatch:
 
     Args:
         device: Where the stages run; CUDA work is waited for at both ends of a stage.
+
+    Attributes:
+        samples: Stage -> times in order.
+        enabled: False lets stages pass without waiting and without samples.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.samples: dict[str, list[float]] = {}
+        self.enabled = True
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time spent in the ``with`` block to the samples of ``name``."""
+        """Adds the time spent in the ``with`` block to the samples of ``name``; nothing while not ``enabled``."""
+        if not self.enabled:
+            yield
+            return
         self._synchronize()
         start = time.perf_counter_ns()
         yield
@@ -46,35 +56,6 @@ class Stopwatch:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """``median``, ``iqr``, ``p95``, ``n`` and ``samples`` of timings in milliseconds.
-
-    Samples are kept to 0.1 microsecond, below what the clock resolves, and the statistics are computed from the kept
-    values. Quantiles interpolate linearly between samples (position q (n - 1) in sorted order).
-
-    Raises:
-        ValueError: There are no samples.
-    """
-    if not samples:
-        raise ValueError("No samples to summarise")
-    kept = [round(float(sample), 4) for sample in samples]
-    ordered = sorted(kept)
-    return {
-        "median": _quantile(ordered, 0.5),
-        "iqr": _quantile(ordered, 0.75) - _quantile(ordered, 0.25),
-        "p95": _quantile(ordered, 0.95),
-        "n": len(kept),
-        "samples": kept,
-    }
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    position = q * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> tuple[float, str] | None:

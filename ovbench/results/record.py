@@ -187,7 +187,7 @@ class RunRecord(_Stored):
 
     def to_json(self) -> str:
         """The record as text; the same record gives the same bytes on every machine."""
-        return _text(self.model_dump(mode="json")) + "\n"
+        return json_text(self.model_dump(mode="json")) + "\n"
 
 
 def metrics_from_areas(
@@ -276,7 +276,7 @@ def migrate(data: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def _text(value: Any, indent: str = "") -> str:
+def json_text(value: Any, indent: str = "") -> str:
     """JSON with one line per entry, but arrays and objects without further nesting on one line."""
     nested = isinstance(value, (dict, list)) and any(
         isinstance(item, (dict, list)) for item in (value.values() if isinstance(value, dict) else value)
@@ -285,6 +285,8 @@ def _text(value: Any, indent: str = "") -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     inner = indent + "  "
     if isinstance(value, dict):
-        lines = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_text(item, inner)}" for key, item in value.items()]
+        lines = [
+            f"{inner}{json.dumps(key, ensure_ascii=False)}: {json_text(item, inner)}" for key, item in value.items()
+        ]
         return "{\n" + ",\n".join(lines) + "\n" + indent + "}"
-    return "[\n" + ",\n".join(inner + _text(item, inner) for item in value) + "\n" + indent + "]"
+    return "[\n" + ",\n".join(inner + json_text(item, inner) for item in value) + "\n" + indent + "]"

@@ -2,144 +2,35 @@
 
 A row is one setting (method, options, protocol, weights, precision, device); a column is one figure of one benchmark; a
 cell comes from the newest finished run of its setting. Demo runs, partial runs, random and built-in weights each get a
-section of their own, so that they can never stand beside results.
+section of their own, so that they can never stand beside results. Results under a method's own settings have the printed
+mIoU beside them.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ovbench.errors import unknown_name
+from ovbench.results import published
+from ovbench.results.comparable import KINDS, MACHINE, kind_of, unequal_content
+from ovbench.results.figures import FIGURES
+from ovbench.results.layout import Cell, Column, Refused, Row, Section, Table
+from ovbench.results.match import judge, protocol_for
+from ovbench.results.measured import of_record
 from ovbench.results.record import RunRecord
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One quantity that a column can hold.
-
-    Attributes:
-        label: Heading.
-        unit: Unit of the value; empty for none.
-        digits: Digits after the point where it is shown rounded.
-        value: Reads it from a record; None when the record does not have it.
-        machine_bound: Whether the value depends on the machine and its load.
-    """
-
-    label: str
-    unit: str
-    digits: int
-    value: Callable[[RunRecord], float | None]
-    machine_bound: bool = False
-
-
-def _of_metrics(name: str) -> Callable[[RunRecord], float | None]:
-    return lambda record: None if record.metrics is None else getattr(record.metrics, name)
-
-
-def _of_efficiency(name: str) -> Callable[[RunRecord], float | None]:
-    return lambda record: None if record.efficiency is None else getattr(record.efficiency, name)
-
-
-def _of_environment(name: str) -> Callable[[RunRecord], Any]:
-    return lambda record: getattr(record.environment, name)
-
-
-def _latency(record: RunRecord) -> float | None:
-    latency = None if record.efficiency is None else record.efficiency.latency_ms
-    return None if latency is None else latency.median
-
-
-FIGURES: dict[str, Figure] = {
-    "miou": Figure("mIoU", "%", 2, _of_metrics("miou")),
-    "macc": Figure("mAcc", "%", 2, _of_metrics("macc")),
-    "aacc": Figure("aAcc", "%", 2, _of_metrics("aacc")),
-    "latency": Figure("latency", "ms", 1, _latency, machine_bound=True),
-    "images_per_s": Figure("images/s", "1/s", 2, _of_efficiency("images_per_s"), machine_bound=True),
-    "gmacs": Figure("MACs", "G", 2, _of_efficiency("gmacs")),
-    "gflops": Figure("FLOPs", "G", 2, _of_efficiency("gflops")),
-    "params": Figure("parameters", "M", 2, _of_efficiency("params_m")),
-    "memory": Figure("peak memory", "MiB", 0, _of_efficiency("peak_memory_mib"), machine_bound=True),
-}
+__all__ = ["FIGURES", "MEAN", "Cell", "Column", "Row", "Section", "Table", "table"]
 
 MEAN = "mean"
 
 # Shown in every section; other settings are shown only where they tell rows apart.
 _ALWAYS_SHOWN = ("method", "protocol", "weights")
 
-# What sets runs apart from results, with the words that say so.
-_KINDS = {
-    "demo": "DEMO, built-in CLIP on generated scenes: a check of the pipeline, no evidence about real images",
-    "builtin-weights": "BUILT-IN WEIGHTS, trained on generated scenes only: the accuracy means nothing",
-    "random-weights": "RANDOM WEIGHTS: a check of the path, the accuracy means nothing",
-    "partial": "PARTIAL, not all images of the benchmark",
-}
-
 # Settings that unlike rows never share: they tell rows apart only where the setting named here is equal.
 _WITHIN = {"options": "method", "weights_sha256": "weights", "activation": "arch"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure and the run it comes from; ``value`` is None where there is no run or the run lacks the figure."""
-
-    value: float | None
-    run_id: str | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure of one benchmark; ``dataset`` is ``"mean"`` for the mean over all benchmark columns."""
-
-    dataset: str
-    figure: str
-
-    @property
-    def heading(self) -> str:
-        """Benchmark and figure with its unit."""
-        figure = FIGURES[self.figure]
-        return f"{self.dataset} {figure.label} ({figure.unit})"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting: the shown settings in order of ``Section.settings`` and one cell per column."""
-
-    settings: tuple[str, ...]
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """Rows that may stand beside each other.
-
-    Attributes:
-        kind: ``results``, or what sets these runs apart: ``demo``, ``builtin-weights``, ``random-weights``,
-            ``partial``, joined by '+'.
-        title: Heading, which says so in words.
-        settings: Names of the shown settings.
-        columns: Figure columns.
-        rows: One per setting.
-        notes: What still differs within a column.
-    """
-
-    kind: str
-    title: str
-    settings: tuple[str, ...]
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """All sections, and what was left out of them."""
-
-    sections: tuple[Section, ...]
-    left_out: tuple[str, ...]
 
 
 def table(
@@ -182,9 +73,14 @@ def table(
     ]
     by_kind: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in finished:
-        by_kind.setdefault(_kind(record), []).append(record)
+        by_kind.setdefault(kind_of(record), []).append(record)
+    refused: dict[tuple[str, str], list[Refused]] = {}
+    for record in sorted(chosen, key=lambda item: (item.provenance.finished, item.run_id), reverse=True):
+        if record.status != "ok":
+            entry = Refused(record.run_id, f"{record.status}: {record.reason}")
+            refused.setdefault((record.spec.method, record.spec.dataset), []).append(entry)
     sections = tuple(
-        _section(kind, by_kind[kind], methods, datasets, columns) for kind in sorted(by_kind, key=_kind_order)
+        _section(kind, by_kind[kind], methods, datasets, columns, refused) for kind in sorted(by_kind, key=_kind_order)
     )
     return Table(sections, tuple(left_out))
 
@@ -195,18 +91,20 @@ def _section(
     methods: Sequence[str] | None,
     datasets: Sequence[str] | None,
     figures: Sequence[str],
+    refused: Mapping[tuple[str, str], Sequence[Refused]],
 ) -> Section:
     present = {record.spec.dataset for record in records}
     shown_datasets = sorted(present) if datasets is None else [name for name in datasets if name in present]
-    newest: dict[tuple[tuple[str, str], ...], dict[str, RunRecord]] = {}
-    for record in sorted(records, key=lambda item: (item.provenance.finished, item.run_id)):
-        newest.setdefault(tuple(_settings(record).items()), {})[record.spec.dataset] = record
+    history: dict[_Setting, dict[str, list[RunRecord]]] = {}
+    for record in sorted(records, key=lambda item: (item.provenance.finished, item.run_id), reverse=True):
+        setting = tuple(_settings(record).items())
+        history.setdefault(setting, {}).setdefault(record.spec.dataset, []).append(record)
 
-    def order(setting: tuple[tuple[str, str], ...]) -> tuple[int, tuple[tuple[str, str], ...]]:
+    def order(setting: _Setting) -> tuple[int, _Setting]:
         return (0 if methods is None else list(methods).index(dict(setting)["method"]), setting)
 
-    settings = [dict(setting) for setting in sorted(newest, key=order)]
-    runs = [newest[tuple(setting.items())] for setting in settings]
+    ordered = sorted(history, key=order)
+    settings = [dict(setting) for setting in ordered]
     shown = tuple(name for name in settings[0] if name in _ALWAYS_SHOWN or _tells_apart(name, settings))
     columns = tuple(Column(dataset, figure) for dataset in shown_datasets for figure in figures)
     if "miou" in figures and len(shown_datasets) > 1:
@@ -214,12 +112,23 @@ def _section(
     rows = tuple(
         Row(
             tuple(_brief_options(setting, settings) if name == "options" else setting[name] for name in shown),
-            tuple(_cell(found, column, shown_datasets) for column in columns),
+            tuple(
+                _cell(history[key], column, shown_datasets, kind, refused.get((setting["method"], column.dataset), ()))
+                for column in columns
+            ),
         )
-        for setting, found in zip(settings, runs, strict=True)
+        for key, setting in zip(ordered, settings, strict=True)
     )
-    notes = [note for dataset in shown_datasets for note in _differences(dataset, runs, figures)]
+    newest = [{dataset: runs[0] for dataset, runs in history[key].items()} for key in ordered]
+    notes = [note for dataset in shown_datasets for note in _differences(dataset, newest, figures)]
+    if any(cell.published is not None for row in rows for cell in row.cells):
+        notes.append(
+            "published: as printed for the method under its own settings; 'ovbench table --paper' has whole tables"
+        )
     return Section("+".join(kind) or "results", _title(kind), shown, columns, rows, tuple(notes))
+
+
+_Setting = tuple[tuple[str, str], ...]
 
 
 def _settings(record: RunRecord) -> dict[str, str]:
@@ -237,6 +146,7 @@ def _settings(record: RunRecord) -> dict[str, str]:
         "activation": spec.activation,
         "dtype": spec.dtype,
         "device": spec.device,
+        "compile_mode": spec.compile_mode,
         "window_batch": "" if spec.window_batch is None else str(spec.window_batch),
         "seed": str(spec.seed),
         "limit": "" if spec.limit is None else str(spec.limit),
@@ -262,15 +172,43 @@ def _brief_options(setting: dict[str, str], settings: Sequence[dict[str, str]]) 
     )
 
 
-def _cell(runs: dict[str, RunRecord], column: Column, datasets: Sequence[str]) -> Cell:
+def _cell(
+    runs: Mapping[str, Sequence[RunRecord]],
+    column: Column,
+    datasets: Sequence[str],
+    kind: tuple[str, ...],
+    refused: Sequence[Refused],
+) -> Cell:
+    """The newest run's figure; ``runs`` are those of one setting per benchmark, newest first."""
     figure = FIGURES[column.figure]
     if column.dataset == MEAN:
-        values = [figure.value(runs[name]) if name in runs else None for name in datasets]
+        values = [figure.value(runs[name][0]) if name in runs else None for name in datasets]
         known = [value for value in values if value is not None]
         # A mean over fewer benchmarks than the other rows' would not be the same figure.
-        return Cell(sum(known) / len(known) if len(known) == len(datasets) else None, None)
-    run = runs.get(column.dataset)
-    return Cell(None, None) if run is None else Cell(figure.value(run), run.run_id)
+        if len(known) < len(datasets):
+            return Cell(None, None)
+        return Cell(sum(known) / len(known), None, members=tuple(runs[name][0].run_id for name in datasets))
+    if column.dataset not in runs:
+        return Cell(None, None, refused=tuple(refused))
+    newest, *older = runs[column.dataset]
+    return Cell(
+        figure.value(newest),
+        newest.run_id,
+        published=_printed(newest) if column.figure == "miou" and not kind else None,
+        others=tuple(run.run_id for run in older),
+        refused=tuple(refused),
+    )
+
+
+def _printed(record: RunRecord) -> str | None:
+    """The printed mIoU that a run may stand beside; None where there is none, or papers print different ones."""
+    spec = record.spec
+    entries = published.accuracy_of(spec.method, spec.arch or "", spec.dataset)
+    if len(entries) != 1:
+        return None
+    want = published.wanted(entries[0])
+    verdict = judge(of_record(record), want, entries[0].unit, protocol_for(spec.method, None))
+    return entries[0].value if verdict.fits else None
 
 
 def _differences(dataset: str, rows: Iterable[dict[str, RunRecord]], figures: Sequence[str]) -> list[str]:
@@ -285,7 +223,8 @@ def _differences(dataset: str, rows: Iterable[dict[str, RunRecord]], figures: Se
         labels = ", ".join(FIGURES[figure].label for figure in figures if FIGURES[figure].machine_bound)
         compared += [
             (labels, name, _of_environment(name))
-            for name in ("cpu", "cores", "threads", "gpu", "gpu_driver", "cuda", "torch", "os")
+            for name in MACHINE
+            if name != "device"  # a setting of its own, which tells rows apart
         ]
         compared.append((labels, "precision", lambda record: record.environment.precision.model_dump_json()))
     notes = []
@@ -294,34 +233,17 @@ def _differences(dataset: str, rows: Iterable[dict[str, RunRecord]], figures: Se
         if len(values) > 1:
             subject = dataset if what == "all" else f"{dataset} {what}"
             notes.append(f"{subject}: rows differ in {name}: {', '.join(values)}")
-    # Presets are shown by name; the same name with other words or prompts inside would otherwise pass unseen.
-    for name in ("wording", "templates"):
-        hashes: dict[str, set[str]] = {}
-        for record in records:
-            protocol = record.spec.protocol
-            hashes.setdefault(getattr(protocol, name), set()).add(getattr(protocol, f"{name}_sha256") or "unknown")
-        for label, found in sorted(hashes.items()):
-            if len(found) > 1:
-                short = ", ".join(sorted(value[:8] for value in found))
-                notes.append(f"{dataset}: rows differ in the content of {name} '{label}': {short}")
+    notes += [f"{dataset}: {text}" for text in unequal_content(records)]
     return notes
 
 
-def _kind(record: RunRecord) -> tuple[str, ...]:
-    """What keeps a run out of the results proper; empty for a result."""
-    holds = {
-        "demo": record.demo,
-        "builtin-weights": record.spec.weights == "builtin" and not record.demo,
-        "random-weights": record.spec.weights == "random",
-        # Generated copies never have a benchmark's number of images: "demo" says enough.
-        "partial": record.partial and not record.demo,
-    }
-    return tuple(name for name in _KINDS if holds[name])
+def _of_environment(name: str) -> Callable[[RunRecord], Any]:
+    return lambda record: getattr(record.environment, name)
 
 
 def _kind_order(kind: tuple[str, ...]) -> tuple[int, ...]:
-    return tuple(int(name in kind) for name in _KINDS)
+    return tuple(int(name in kind) for name in KINDS)
 
 
 def _title(kind: tuple[str, ...]) -> str:
-    return "; ".join(_KINDS[name] for name in kind) if kind else "Results"
+    return "; ".join(KINDS[name] for name in kind) if kind else "Results"

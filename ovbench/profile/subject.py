@@ -1,0 +1,239 @@
+"""The thing that is profiled, built from a spec: its network, its parts, one forward, and a whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovbench.errors import UsageError
+from ovbench.profile.report import ProfileSpec
+from ovbench.profile.timing import Stopwatch
+
+Step = Callable[[], object]
+
+DEFAULT_CLASSES = 21  # VOC with background
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What figures are taken of.
+
+    Attributes:
+        spec: The spec with everything filled in.
+        network: All parameters.
+        parts: Parts by name, in the order in which a shared parameter is given to them.
+        device: Where it runs.
+        forward: Batch -> one network forward on that many inputs.
+        forward_input: Shape of one input in words.
+        image: Batch -> that many whole images; None where the forward is all there is.
+        windows: Forwards per whole image.
+        watch: Makes the stages that the model names go to a stopwatch.
+        countable: Within it the steps run uncompiled, so that every operation can be seen.
+    """
+
+    spec: ProfileSpec
+    network: nn.Module
+    parts: dict[str, nn.Module]
+    device: torch.device
+    forward: Callable[[int], Step]
+    forward_input: str
+    image: Callable[[int], Step] | None
+    windows: int | None
+    watch: Callable[[Stopwatch], None]
+    countable: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def build_subject(spec: ProfileSpec) -> Subject:
+    """The subject of a spec, built on its device.
+
+    Raises:
+        UsageError: Unknown names or values that do not fit.
+        WeightsError: The weights cannot be had or do not fit.
+        RunError: A decode head without mmsegmentation.
+    """
+    from ovbench.model import require_device
+
+    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
+    spec = spec.model_copy(update={"device": device})
+    return _head(spec, torch.device(device)) if spec.part == "decode_head" else _model(spec, torch.device(device))
+
+
+def _head(spec: ProfileSpec, device: torch.device) -> Subject:
+    """A closed-set decode head on random features."""
+    from ovbench.methods import hosts  # type: ignore[import-not-found]
+
+    grids = hosts.feature_grids(spec.features or "64x64")
+    classes = spec.classes or hosts.NUM_CLASSES
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        head = hosts.build_head(spec.method, classes).to(device)
+
+    def forward(batch: int) -> Step:
+        generator = torch.Generator().manual_seed(spec.seed)
+        maps = [torch.randn(shape, generator=generator).to(device) for shape in hosts.feature_shapes(grids, batch)]
+
+        def step() -> Tensor:
+            with torch.inference_mode(), _precision(spec, device):
+                logits: Tensor = head(maps)
+                return logits
+
+        return step
+
+    written = ",".join(f"{h}x{w}" for h, w in grids)
+    used = hosts.head_config(spec.method)["in_index"]
+    used = list(used) if isinstance(used, list) else [0, 3] if "c1_in_channels" in hosts.HOSTS[spec.method] else [used]
+    shapes = ["x".join(map(str, shape)) for shape in hosts.feature_shapes(grids)]
+    return Subject(
+        spec=spec.model_copy(update={"features": written, "classes": classes}),
+        network=head,
+        parts=dict(head.named_children()),
+        device=device,
+        forward=forward,
+        forward_input=", ".join(f"C{index + 1} {shapes[index]}" for index in used),
+        image=None,
+        windows=None,
+        watch=lambda stopwatch: None,
+    )
+
+
+def _model(spec: ProfileSpec, device: torch.device) -> Subject:
+    """A method on its CLIP with a vocabulary and a protocol."""
+    from ovbench.backbones.clip_weights import load_clip
+    from ovbench.method import random_backbones
+    from ovbench.model import OpenVocabModel
+    from ovbench.ops.windows import windows
+    from ovbench.registry import method_class, method_info
+
+    assert spec.protocol is not None  # the launcher fills it in
+    cls = method_class(spec.method)
+    options = dict(spec.method_options)
+    if spec.weights in {"random", "builtin"}:
+        options = {**random_backbones(cls, options), **options}
+    words = _words(spec)
+    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=str(device))
+    method = cls(clip, cls.configure(options))
+    model = OpenVocabModel(
+        method,
+        words,
+        spec.protocol,
+        dtype=spec.dtype,
+        window_batch=spec.window_batch,
+        compile_mode=spec.compile_mode,
+    )
+    height, width = _input_size(spec)
+    protocol = model.protocol
+    side = max(height, width)
+    boxes = windows(height, width, *((side, side) if protocol.mode == "whole" else (protocol.crop, protocol.stride)))
+    window = (boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1])
+    info = method_info(spec.method)
+    filled = spec.model_copy(
+        update={
+            "method": info.name,
+            "method_options": {**method.options(), **info.recorded()},
+            "arch": clip.arch,
+            "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
+            "weights_sha256": clip.weights_sha256,
+            "activation": clip.activation,
+            "classes": model.num_classes,
+            "words": len(model.query_words),
+            "input": f"{height}x{width}",
+        }
+    )
+
+    def pictures(batch: int, size: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(spec.seed)
+        return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
+
+    def forward(batch: int) -> Step:
+        with torch.inference_mode():
+            ready = model.network_input(pictures(batch, window))
+
+        def step() -> object:
+            with torch.inference_mode(), _precision(spec, device):
+                return model.network(ready, model.text)
+
+        return step
+
+    def image(batch: int) -> Step:
+        images = list(pictures(batch, (height, width)))
+        return lambda: model.predict_labels(images, [(height, width)] * batch)
+
+    def watch(stopwatch: Stopwatch) -> None:
+        model.stage = stopwatch.stage
+
+    @contextmanager
+    def countable() -> Iterator[None]:
+        network = model.network
+        # what torch.compile was given
+        model.network = getattr(network, "_torchdynamo_orig_callable", network)
+        try:
+            yield
+        finally:
+            model.network = network
+
+    with torch.inference_mode():
+        shape = model.network_input(pictures(1, window)).shape
+    return Subject(
+        spec=filled,
+        network=model,
+        parts=_parts(method),
+        device=device,
+        forward=forward,
+        forward_input="x".join(str(side) for side in shape),
+        image=image,
+        windows=len(boxes),
+        watch=watch,
+        countable=countable,
+    )
+
+
+def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManager[Any]:
+    from ovbench.model import DTYPES
+
+    return nullcontext() if spec.dtype == "float32" else torch.autocast(device.type, dtype=DTYPES[spec.dtype])
+
+
+def _words(spec: ProfileSpec) -> list[list[str]]:
+    """The benchmark's words, or as many made-up ones as classes are asked for."""
+    from ovbench import benchmarks
+
+    if spec.dataset is not None and spec.classes is None:
+        benchmark = benchmarks.get(spec.dataset)
+        assert spec.protocol is not None
+        wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
+        words: list[list[str]] = benchmark.words(wording)
+        return words
+    return [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+
+
+def _input_size(spec: ProfileSpec) -> tuple[int, int]:
+    """Whole image (h, w): as asked, else the protocol's short side at 4:3, the shape of most photos."""
+    assert spec.protocol is not None
+    if spec.input is not None:
+        height, x, width = spec.input.partition("x")
+        if not x or not height.isdigit() or not width.isdigit() or not int(height) or not int(width):
+            raise UsageError(f"--input {spec.input!r}: give HEIGHTxWIDTH in pixels, e.g. 336x448.")
+        return int(height), int(width)
+    short = spec.protocol.short_side or 336
+    return short, min(round(short * 4 / 3), spec.protocol.long_side)
+
+
+def _parts(method: nn.Module) -> dict[str, nn.Module]:
+    """The method's networks, CLIP as its two towers; what both towers share or none holds comes out as ``other``."""
+    from ovbench.backbones.dense_clip import DenseCLIP
+
+    parts: dict[str, nn.Module] = {}
+    for name, child in method.named_children():
+        if isinstance(child, DenseCLIP):
+            parts[f"{name}.visual"] = child.visual
+            parts[f"{name}.text"] = child.clip  # the vision tower is counted already
+        else:
+            parts[name] = child
+    return parts

@@ -1,0 +1,216 @@
+"""The papers' printed numbers and what a run must be to stand beside one of them.
+
+``published.csv`` holds the numbers, ``rules.json`` says which of our methods a row is and which settings it means; both
+are described in the README beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ovbench.errors import OvbenchError, unknown_name
+
+METRICS_OF_ACCURACY = ("mIoU", "PQ")
+
+
+def published_dir() -> Path:
+    """The folder of the published numbers, in a checkout or a wheel."""
+    spec = importlib.util.find_spec("ovbench.published")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).resolve().parents[2] / "results" / "published"
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One printed number; fields as the columns of ``published.csv``, ``value`` as printed."""
+
+    source: str
+    table: str
+    row: str
+    variant: str
+    method: str
+    backbone: str
+    train_data: str
+    dataset: str
+    metric: str
+    value: str
+    unit: str
+    setting: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run or profile must be to stand beside one printed number.
+
+    Attributes:
+        method: Our method id; empty where the row is someone else's.
+        arch: Backbone as :func:`plain_arch` writes it; empty where the paper does not say.
+        dataset: Benchmark id.
+        metric: Name of the metric in ``published.csv``.
+        weights: open_clip tag of the paper; empty where it does not matter.
+        require: Fields of a spec (``protocol.mode``, ``method_options.base``) and the values they must have.
+        prefer: The same, but only said where it differs: what the paper used and our machine may not have.
+        machine: What the paper measured on, words of a GPU's name; empty for none.
+        unknown: Why no run can be known to fit (an ablation that no rule describes); empty where one can.
+    """
+
+    method: str
+    arch: str
+    dataset: str
+    metric: str
+    weights: str = ""
+    require: dict[str, Any] = field(default_factory=dict)
+    prefer: dict[str, Any] = field(default_factory=dict)
+    machine: str = ""
+    unknown: str = ""
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether the metric says how good the predictions are."""
+        return self.metric in METRICS_OF_ACCURACY
+
+
+@lru_cache(maxsize=1)
+def numbers() -> tuple[Printed, ...]:
+    """All printed numbers in the order of the file.
+
+    Raises:
+        OvbenchError: The file is missing from this installation.
+    """
+    path = published_dir() / "published.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return tuple(Printed(**row) for row in csv.DictReader(file))
+    except FileNotFoundError:
+        raise OvbenchError(f"The published numbers are missing from this installation: no '{path}'.") from None
+
+
+@lru_cache(maxsize=1)
+def _rules() -> dict[str, Any]:
+    rules: dict[str, Any] = json.loads((published_dir() / "rules.json").read_text(encoding="utf-8"))
+    return rules
+
+
+def papers() -> list[str]:
+    """Ids of all papers, those without a printed table included."""
+    return list(_rules()["papers"])
+
+
+def title(paper: str) -> str:
+    """Authors' title of a paper."""
+    return str(_rules()["papers"][paper]["title"])
+
+
+def no_tables(paper: str) -> str | None:
+    """Why a paper has no numbers here; None for those that have."""
+    reason: str | None = _rules()["papers"][paper].get("no_tables")
+    return reason
+
+
+def tables(paper: str) -> list[str]:
+    """Ids of a paper's tables in the order of the file.
+
+    Raises:
+        UsageError: No such paper.
+    """
+    if paper not in papers():
+        raise unknown_name("paper", paper, papers())
+    return list(dict.fromkeys(entry.table for entry in numbers() if entry.source == paper))
+
+
+def table_numbers(paper: str, table: str) -> list[Printed]:
+    """The printed numbers of one table.
+
+    Raises:
+        UsageError: No such paper or table.
+    """
+    known = tables(paper)
+    if table not in known:
+        raise unknown_name(f"table of {paper}", table, known, f"ovbench table --paper {paper}")
+    return [entry for entry in numbers() if entry.source == paper and entry.table == table]
+
+
+def wanted(entry: Printed) -> Wanted:
+    """What a run must be to stand beside a printed number: its columns and all rules that match them."""
+    matching = [rule for rule in _rules()["rules"] if _matches(rule["where"], entry)]
+    merged: dict[str, Any] = {"method": entry.method, "require": {}, "prefer": {}, "machine": ""}
+    for rule in matching:
+        for key, value in rule.items():
+            if key in ("require", "prefer"):
+                merged[key] |= value
+            elif key in ("method", "machine"):
+                merged[key] = value
+    told = {name for rule in matching for name in rule["where"]}
+    unknown = ""
+    if entry.variant and "variant" not in told:
+        unknown = f"which options make '{entry.row}' ({entry.variant}) is not stated in rules.json"
+    elif entry.setting and "setting" not in told:
+        unknown = f"no rule says what '{entry.setting}' is in a run"
+    return Wanted(
+        method=merged["method"],
+        arch=plain_arch(entry.backbone),
+        dataset=entry.dataset,
+        metric=entry.metric,
+        weights=_rules()["papers"][entry.source].get("weights", ""),
+        require=merged["require"],
+        prefer=merged["prefer"],
+        machine=merged["machine"],
+        unknown=unknown,
+    )
+
+
+def _matches(where: dict[str, Any], entry: Printed) -> bool:
+    """Whether an entry has the values (or one of the listed values) that a rule is for."""
+    return all(
+        getattr(entry, name) in (allowed if isinstance(allowed, list) else [allowed]) for name, allowed in where.items()
+    )
+
+
+def plain_arch(name: str) -> str:
+    """An architecture's name without separators, case and activation: ``ViT-B/16`` and ``ViT-B-16-quickgelu`` agree."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("quickgelu")
+    for short, long in _rules()["backbones"].items():
+        plain = re.sub(f"{re.escape(short)}$", long, plain)
+    return plain
+
+
+def mean_members(figure: str, dataset: str, columns: Sequence[tuple[str, str]]) -> list[str] | None:
+    """The benchmarks of a column such as ``mean8``: all of its table with the same metric.
+
+    Args:
+        figure: Metric of the mean.
+        dataset: Name of the column.
+        columns: (dataset, metric) of all columns of the table.
+
+    Returns:
+        None for a column that is no mean.
+
+    Raises:
+        ValueError: The table has not that many benchmarks.
+    """
+    if not re.fullmatch(r"mean\d+", dataset):
+        return None
+    members = [name for name, metric in columns if metric == figure and not re.fullmatch(r"mean\d+", name)]
+    if len(members) != int(dataset.removeprefix("mean")):
+        raise ValueError(f"{dataset} stands beside {len(members)} benchmarks")
+    return members
+
+
+def accuracy_of(method: str, arch: str, dataset: str) -> list[Printed]:
+    """The printed mIoU of a method under its own settings: rows that are no ablation, equal values once."""
+    found: dict[str, Printed] = {}
+    for entry in numbers():
+        if (entry.dataset, entry.metric, entry.variant, entry.method) == (dataset, "mIoU", "", method):
+            want = wanted(entry)
+            if want.arch == plain_arch(arch) and not want.unknown:
+                found.setdefault(entry.value, entry)
+    return list(found.values())

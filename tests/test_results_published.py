@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+
+from ovbench.errors import UsageError
+from ovbench.results import published
+from ovbench.results.defaults import changed_options
+from ovbench.results.measured import metric
+from ovbench.results.paper import arrange
+
+
+def test_our_copy_is_the_shared_file_plus_listed_corrections(shared):
+    ours = (published.published_dir() / "published.csv").read_bytes()
+    theirs = (shared / "published" / "published.csv").read_bytes()
+    readme = (published.published_dir() / "README.md").read_text(encoding="utf-8")
+    assert ours == theirs or "So far there is none." not in readme
+
+
+def test_every_line_is_a_number_with_a_known_metric():
+    entries = published.numbers()
+    assert len(entries) > 1300
+    for entry in entries:
+        float(entry.value)
+        assert metric(entry.metric).label and entry.unit and entry.dataset
+    assert len({(*tuple(vars(entry).values())[:9], entry.setting) for entry in entries}) == len(entries)
+
+
+def test_printed_means_are_the_means_of_the_numbers_beside_them_but_for_two():
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for entry in published.numbers():
+        if entry.metric == "mIoU":
+            key = (entry.source, entry.table, entry.row, entry.variant, entry.backbone, entry.train_data)
+            rows.setdefault(key, {})[entry.dataset] = float(entry.value)
+    wrong = []
+    for key, values in rows.items():
+        for name in [name for name in values if name.startswith("mean")]:
+            members = [value for dataset, value in values.items() if not dataset.startswith("mean")]
+            assert len(members) == int(name.removeprefix("mean"))
+            # half a digit of the printed mean, and as much of the members'
+            if abs(sum(members) / len(members) - values[name]) > 0.1:
+                wrong.append(key[:3])
+    assert wrong == [("direct-seg", "1", "CLIPtrase"), ("thesis-lsmseg", "5.10", "CLIP _qv")]
+
+
+def test_papers_and_tables_have_the_ids_of_the_file():
+    assert published.papers() == ["direct-seg", "fisa", "scn", "thesis-caa", "thesis-ecac", "thesis-lsmseg"]
+    assert published.tables("direct-seg") == [
+        "1", "2", "3", "4", "complexity", "complexity-stages", "vfm", "versatility",
+    ]  # fmt: skip
+    assert "3a" in published.tables("fisa") and published.tables("scn") == []
+    with pytest.raises(UsageError, match=r"Unknown paper 'fissa'\. Did you mean: fisa"):
+        published.tables("fissa")
+    with pytest.raises(UsageError, match=r"Unknown table of thesis-caa '3\.9'"):
+        published.table_numbers("thesis-caa", "3.9")
+
+
+@pytest.mark.parametrize("paper", published.papers())
+def test_every_table_can_be_arranged_without_a_run(paper):
+    for table in published.tables(paper):
+        (section,) = arrange(paper, table, []).sections
+        printed = [cell.published for row in section.rows for cell in row.cells if cell.published is not None]
+        assert sorted(printed) == sorted(entry.value for entry in published.table_numbers(paper, table))
+        assert all(cell.value is None for row in section.rows for cell in row.cells)
+        assert all(row.settings[section.settings.index("state")] for row in section.rows)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ViT-B/16", "ViT-B-16"),
+        ("ViT-B/16", "ViT-B-16-quickgelu"),
+        ("ViT-L/14-336", "ViT-L-14-336-quickgelu"),
+        ("ResNet101", "ResNet-101"),
+        ("Swin-Large", "swin-l"),
+        ("ViT-Base", "vit_b"),
+    ],
+)
+def test_backbones_are_recognised(one, other):
+    assert published.plain_arch(one) == published.plain_arch(other)
+
+
+def test_backbones_are_told_apart():
+    names = ["ViT-B/16", "ViT-B/32", "ViT-L/14", "ViT-L/14-336", "ResNet-50", "ResNet-101", "Swin-Base", "Swin-Large"]
+    assert len({published.plain_arch(name) for name in names}) == len(names)
+
+
+def _wanted(source, table, row, metric="mIoU"):
+    entries = [entry for entry in published.table_numbers(source, table) if (entry.row, entry.metric) == (row, metric)]
+    return published.wanted(entries[0])
+
+
+def test_rows_of_the_thesis_name_our_methods():
+    assert _wanted("thesis-caa", "3.5", "PSPNet", "params").method == "psp"
+    assert _wanted("thesis-caa", "3.5", "PSPNet+CAA", "params").method == "caa-psp"
+    assert _wanted("thesis-ecac", "4.1", "DeeplabV3plus + ECAC").method == "ecac-deeplabv3plus"
+    assert _wanted("thesis-ecac", "4.6", "FCN+MCIBI", "params").method == ""
+    head = _wanted("thesis-caa", "3.5", "PSPNet", "flops")
+    assert head.require["part"] == "decode_head" and head.prefer == {"count": "modules"}
+    assert not head.unknown
+
+
+def test_an_ablation_without_a_rule_fits_nothing():
+    assert "not stated" in _wanted("fisa", "3a", "+ SEVE", "PQ").unknown
+    assert "multi-scale" in _wanted("thesis-caa", "3.1", "UperNet+CAA").unknown
+    assert _wanted("direct-seg", "versatility", "SC-CLIP w/ O.P.").require == {"method_options.base": "sc-clip"}
+
+
+def test_every_rule_is_for_some_number():
+    rules = json.loads((published.published_dir() / "rules.json").read_text(encoding="utf-8"))
+    for rule in rules["rules"]:
+        assert set(rule) <= {"where", "method", "require", "prefer", "machine"}, rule
+        assert any(published._matches(rule["where"], entry) for entry in published.numbers()), rule
+
+
+def test_the_readme_names_every_column():
+    folder = published.published_dir()
+    with (folder / "published.csv").open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file))
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    described = set(
+        re.findall(r"`([\w-]+)`", "\n".join(line.split("|")[1] for line in readme.splitlines() if "|" in line))
+    )
+    assert set(columns) <= described
+
+
+def test_option_defaults_are_read_from_the_source():
+    from ovbench.registry import method_class, method_names
+
+    for name in method_names():  # the real classes, which load torch, say what the text must say
+        method = method_class(name)
+        from dataclasses import asdict
+
+        own = json.loads(json.dumps(asdict(method.configure({}))))
+        assert changed_options(name, own) == {}, name
+    assert changed_options("sc-clip", {"beta": 0.5, "pre": 8}) == {"beta": 0.5}
+    assert changed_options("proxyclip", {"attention_weights": "dino.pth"}) == {}  # a place, not a choice
+    assert changed_options("no-such-method", {"beta": 0.5}) is None
