@@ -66,7 +66,8 @@ class DiscrepancyConfig(SolverConfig):
     base_options: tuple[tuple[str, Any], ...] = ()  # the base's own options, given as base.NAME=VALUE
     attention: str = "sd2"  # source of the attention; the paper's main one
     attention_weights: str | None = None  # None: published weights from the hub; a file or folder; or "random"
-    attention_blocks: int = 0  # last blocks averaged, of a vision transformer; 0: 3, inferred
+    # blocks averaged, of a vision transformer: N last ones, or A-B. None: the last 3; of clip the middle third; inferred
+    attention_blocks: str | None = None
     attention_size: int = 0  # side in pixels of the square whose area sd2 sees; 0: 512
     attention_timestep: int = 0  # of sd2's one denoising call; 0: 1, inferred
 
@@ -92,7 +93,7 @@ class Discrepancy(Solver):
             c.attention,
             c.attention_weights,
             clip=clip,
-            last_blocks=c.attention_blocks or None,
+            blocks=None if c.attention_blocks is None else str(c.attention_blocks),
             size=c.attention_size or None,
             timestep=c.attention_timestep or None,
         )
@@ -142,7 +143,7 @@ class Discrepancy(Solver):
                 total.append(torch.zeros(q.shape[0], q.shape[2], q.shape[2], device=q.device))
             add_attention(total[0], q, k)
 
-        with self.clip.watched(collect, self.source.last_blocks):
+        with self.clip.watched(collect, self.source.averaged):
             logits = self.patch_logits(images, text)
         return logits, between_patches(total[0], self.source.prefix) if total else None
 

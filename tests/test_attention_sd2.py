@@ -321,7 +321,7 @@ def test_a_folder(folder: Path, images: Tensor) -> None:
     assert (record["attention"], record["attention_weights"], record["attention_random"]) == ("sd2", "tiny-sd2", False)
     assert (record["attention_size"], record["attention_timestep"], record["attention_patch"]) == (24, 7, 2)
     assert len(record["attention_weights_sha256"]) == 64
-    assert "attention_last_blocks" not in record
+    assert "attention_blocks" not in record
     names = {name.split(".")[1] for name, _ in source.vae.named_parameters(prefix="vae")}
     assert names == {"encoder", "quant_conv"}  # what does not run is not kept
     assert record["attention_params"] == sum(p.numel() for m in (source.unet, source.vae) for p in m.parameters())
@@ -419,7 +419,7 @@ def test_options() -> None:
     with pytest.raises(
         UsageError, match=r"'sd2' has no option attention_blocks. It has: attention_size, attention_timestep"
     ):
-        load_source("sd2", "random", last_blocks=2)
+        load_source("sd2", "random", blocks="2")
     with pytest.raises(
         UsageError, match=r"'dinov2-s14' has no option attention_size or attention_timestep. It has: attention_blocks"
     ):

@@ -142,7 +142,7 @@ def timm_query_key(model: Any, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_attention_is_the_loop(pair: tuple[ViTSource, Any, dict[str, Tensor]], last_blocks: int) -> None:
     source, model, _ = pair
     images = torch.stack([photo(2 * source.patch, 5 * source.patch, seed=seed) for seed in (1, 2)])
-    source = ViTSource(source.name, source.model, source.recipe, "", "", last_blocks)
+    source = ViTSource(source.name, source.model, source.recipe, "", "", str(last_blocks))
     with torch.inference_mode():
         found, grid = source.attention(images)
         expected = attention_by_loops(source, images, last_blocks, lambda i, x: timm_query_key(model, i, x))
@@ -167,10 +167,11 @@ def test_attention_in_low_precision(pair: tuple[ViTSource, Any, dict[str, Tensor
 
 def test_block_counts(pair: tuple[ViTSource, Any, dict[str, Tensor]]) -> None:
     source, _, _ = pair
-    for count in (0, -1, 4):
-        with pytest.raises(UsageError, match=f"attention_blocks={count}: {source.name} has 3 blocks, give 1 .. 3"):
-            ViTSource(source.name, source.model, source.recipe, "", "", count)
-    assert source.last_blocks == source.record()["attention_last_blocks"] == 3
+    for blocks in ("0", "-1", "4", "2-1", "1-3", "all"):
+        with pytest.raises(UsageError, match=f"attention_blocks={blocks}: {source.name} has 3 blocks, give 1 .. 3"):
+            ViTSource(source.name, source.model, source.recipe, "", "", blocks)
+    assert ViTSource(source.name, source.model, source.recipe, "", "", "0-1").averaged == range(2)
+    assert len(source.averaged) == 3 and source.record()["attention_blocks"] == f"{source.depth - 3}-{source.depth - 1}"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_names(clip: DenseCLIP) -> None:
 
 
 def test_clip_source(clip: DenseCLIP) -> None:
-    source = load_source("clip", clip=clip, last_blocks=2)
+    source = load_source("clip", clip=clip, blocks="2")
     assert isinstance(source, ClipSource)
     images = torch.stack([photo(48, 80, seed=1), photo(48, 80, seed=2)])
     with torch.inference_mode():
@@ -318,9 +319,9 @@ def test_clip_source(clip: DenseCLIP) -> None:
     torch.testing.assert_close(found, loops, rtol=1e-4, atol=1e-6)
     assert source.record()["attention_weights_sha256"] == clip.weights_sha256
     assert source.record()["attention_weights"] == "tiny.safetensors"
-    assert source.record()["attention_last_blocks"] == 2
+    assert source.record()["attention_blocks"] == "10-11"
     with pytest.raises(UsageError, match=r"attention_blocks=13: clip has 12 blocks, give 1 .. 12"):
-        load_source("clip", clip=clip, last_blocks=13)
+        load_source("clip", clip=clip, blocks="13")
     assert source.params == sum(parameter.numel() for parameter in clip.visual.parameters())
     assert {id(p) for p in source.parameters()} == {id(p) for p in clip.parameters()}  # nothing is copied
 

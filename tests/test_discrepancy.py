@@ -42,12 +42,13 @@ def model_of(clip: DenseCLIP, name: str = "op", fields: dict[str, Any] | None = 
     return OpenVocabModel(solver_of(clip, name, **options), CLASSES, protocol("direct-seg", **(fields or {})))
 
 
+@pytest.mark.parametrize("blocks", [None, "3"])
 @pytest.mark.parametrize("base", BASES)
 def test_attention_of_the_own_tower_comes_out_of_the_one_forward(
-    clip: DenseCLIP, base: str, monkeypatch: pytest.MonkeyPatch
+    clip: DenseCLIP, base: str, blocks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"base.attention": "clip"} if base == "proxyclip" else {}
-    model = model_of(clip, base=base, **options)
+    model = model_of(clip, base=base, attention_blocks=blocks, **options)
     images = [photo(96, 144, seed=1), photo(144, 96, seed=2), photo(96, 144, seed=3)]
     embed, forwards = clip.embed, []
     monkeypatch.setattr(clip, "embed", lambda x: forwards.append(len(x)) or embed(x))

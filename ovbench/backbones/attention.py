@@ -30,20 +30,29 @@ class ClipSource(TransformerSource):
 
     Args:
         clip: The loaded CLIP.
-        last_blocks: Blocks whose attention is averaged; None is the interface's default.
+        blocks: Blocks whose attention is averaged, see :meth:`TransformerSource.average`.
     """
 
     name = "clip"
     prefix = 1
 
-    def __init__(self, clip: DenseCLIP, last_blocks: int | None = None) -> None:
+    def __init__(self, clip: DenseCLIP, blocks: str | None = None) -> None:
         super().__init__()
         self.clip = clip
         self.patch, self.depth = clip.patch, clip.depth
-        self.average_last(last_blocks)
+        self.average(blocks)
         self.weights = Path(clip.weights).name if Path(clip.weights).is_file() else clip.weights
         self.weights_sha256 = clip.weights_sha256
         self.eval()
+
+    def default_blocks(self) -> range:
+        """The middle third of the tower: inferred.
+
+        The last blocks of a CLIP look at the same few patches from everywhere. Measured on the built-in CLIP: of a
+        patch's attention, .77 to .80 falls on its own class in blocks 4 to 6 of 12, .69 in block 7, .50 in block 8 and
+        .22 to .57 in the last three, where chance is .38 to .47.
+        """
+        return range(self.depth // 3, max(self.depth // 3 + 1, 2 * self.depth // 3))
 
     @property
     def params(self) -> int:
@@ -84,7 +93,7 @@ def load_source(
     *,
     clip: DenseCLIP | None = None,
     seed: int = 0,
-    last_blocks: int | None = None,
+    blocks: str | None = None,
     size: int | None = None,
     timestep: int | None = None,
 ) -> AttentionSource:
@@ -97,7 +106,7 @@ def load_source(
             diffusers' layout or the name of another repository of the hub.
         clip: The run's CLIP; needed for ``"clip"``.
         seed: Seed of random weights.
-        last_blocks: Of transformers: blocks whose attention is averaged; None is 3.
+        blocks: Of transformers: blocks whose attention is averaged, ``N`` or ``A-B``; None is the source's own choice.
         size: Of ``"sd2"``: its images have the area of a square of this side in pixels; None is 512.
         timestep: Of ``"sd2"``: step of the one denoising call; None is 1.
 
@@ -108,13 +117,13 @@ def load_source(
     """
     if name not in source_names():
         raise unknown_name("attention source", name, source_names())
-    _only_its_options(name, last_blocks=last_blocks, size=size, timestep=timestep)
+    _only_its_options(name, blocks=blocks, size=size, timestep=timestep)
     if name == "clip":
         if weights is not None:
             raise UsageError("The attention source 'clip' is the run's own CLIP: leave attention_weights away.")
         if clip is None:
             raise ValueError("the attention source 'clip' needs the loaded CLIP")
-        return ClipSource(clip, last_blocks)
+        return ClipSource(clip, blocks)
     source: AttentionSource
     if name == "sd2":
         source = load_sd2(
@@ -124,14 +133,14 @@ def load_source(
             timestep=TIMESTEP if timestep is None else timestep,
         )
     else:
-        source = load_vit(name, weights, seed=seed, last_blocks=last_blocks)
+        source = load_vit(name, weights, seed=seed, blocks=blocks)
     return source if clip is None else source.to(next(clip.parameters()).device)
 
 
-def _only_its_options(name: str, **options: int | None) -> None:
+def _only_its_options(name: str, **options: int | str | None) -> None:
     """Refuses options that would be ignored; names them as methods do."""
     known = ("attention_size", "attention_timestep") if name == "sd2" else ("attention_blocks",)
-    shown = {"last_blocks": "attention_blocks", "size": "attention_size", "timestep": "attention_timestep"}
+    shown = {"blocks": "attention_blocks", "size": "attention_size", "timestep": "attention_timestep"}
     given = [shown[option] for option, value in options.items() if value is not None]
     ignored = [option for option in given if option not in known]
     if ignored:

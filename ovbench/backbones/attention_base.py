@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -79,26 +80,45 @@ class TransformerSource(AttentionSource):
     Attributes:
         depth: Number of blocks.
         prefix: Tokens before the patches: CLS and registers.
-        last_blocks: How many of the last blocks' attention is averaged, with all their heads.
+        averaged: The blocks whose attention is averaged, with all their heads.
     """
 
     depth: int
     prefix: int
-    last_blocks: int
+    averaged: range
 
-    def average_last(self, blocks: int | None) -> None:
-        """Sets ``last_blocks``; None is :data:`LAST_BLOCKS`, or all where there are fewer.
+    def average(self, blocks: str | None) -> None:
+        """Sets ``averaged``.
+
+        Args:
+            blocks: ``N`` for the last N, ``A-B`` for the blocks A to B (the first is 0); None is what the source is best
+                at, see :meth:`default_blocks`.
 
         Raises:
-            UsageError: Fewer than one block, or more than there are.
+            UsageError: Not so written, or blocks that are not there.
         """
-        if blocks is not None and not 1 <= blocks <= self.depth:
-            raise UsageError(f"attention_blocks={blocks}: {self.name} has {self.depth} blocks, give 1 .. {self.depth}.")
-        self.last_blocks = min(LAST_BLOCKS, self.depth) if blocks is None else blocks
+        chosen = self.default_blocks()
+        if blocks is not None:
+            found = re.fullmatch(r"(\d+)(?:-(\d+))?", blocks)
+            chosen = range(0)
+            if found and found[2]:
+                chosen = range(int(found[1]), int(found[2]) + 1)
+            elif found:
+                chosen = range(self.depth - int(found[1]), self.depth)
+            if not chosen or chosen[0] < 0 or chosen[-1] >= self.depth:
+                raise UsageError(
+                    f"attention_blocks={blocks}: {self.name} has {self.depth} blocks, give 1 .. {self.depth} for so many "
+                    f"of the last, or two from 0 to {self.depth - 1} as in 4-7."
+                )
+        self.averaged = chosen
+
+    def default_blocks(self) -> range:
+        """The last :data:`LAST_BLOCKS`."""
+        return range(max(0, self.depth - LAST_BLOCKS), self.depth)
 
     def record(self) -> dict[str, Any]:
         """What a record should say of the source."""
-        return {**super().record(), "attention_last_blocks": self.last_blocks}
+        return {**super().record(), "attention_blocks": f"{self.averaged[0]}-{self.averaged[-1]}"}
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -129,13 +149,13 @@ class TransformerSource(AttentionSource):
         return features
 
     def attention(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Mean attention (B, N, N) of the last blocks' heads between patches, float32, rows rescaled to sum 1."""
+        """Mean attention (B, N, N) of the chosen blocks' heads between patches, float32, rows rescaled to sum 1."""
         x, grid = self.embed(images)
         total = torch.zeros(x.shape[0], x.shape[1], x.shape[1], device=x.device)
-        for index in range(self.depth):
-            if index >= self.depth - self.last_blocks:
+        for index in range(self.averaged[-1] + 1):
+            if index in self.averaged:
                 add_attention(total, *self.query_key(index, x))
-            if index < self.depth - 1:
+            if index < self.averaged[-1]:
                 x = self.block(index, x)
         return between_patches(total, self.prefix), grid
 

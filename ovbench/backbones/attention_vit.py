@@ -65,7 +65,7 @@ class ViTSource(TransformerSource):
         recipe: How its images are embedded.
         weights: For records.
         weights_sha256: Content hash of the weights.
-        last_blocks: Blocks whose attention is averaged; None is the interface's default.
+        blocks: Blocks whose attention is averaged, see :meth:`TransformerSource.average`.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class ViTSource(TransformerSource):
         recipe: ViTRecipe,
         weights: str,
         weights_sha256: str,
-        last_blocks: int | None = None,
+        blocks: str | None = None,
     ) -> None:
         super().__init__()
         self.name, self.patch, self.weights, self.weights_sha256 = name, recipe.patch, weights, weights_sha256
         self.model = model
         self.recipe = recipe
         self.depth, self.prefix = len(model.blocks), int(model.num_prefix_tokens)
-        self.average_last(last_blocks)
+        self.average(blocks)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
@@ -132,9 +132,7 @@ class ViTSource(TransformerSource):
         return out
 
 
-def load_vit(
-    name: str, weights: str | Path | None = None, *, seed: int = 0, last_blocks: int | None = None
-) -> ViTSource:
+def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0, blocks: str | None = None) -> ViTSource:
     """A source of :data:`VITS` in float32 and evaluation mode on the CPU.
 
     Args:
@@ -142,7 +140,7 @@ def load_vit(
         weights: None fetches the published weights from the hub (or its cache); ``"random"`` gives the architecture
             alone; else the path of a state dict in timm's or the authors' layout.
         seed: Seed of random weights.
-        last_blocks: Blocks whose attention is averaged; None is the interface's default.
+        blocks: Blocks whose attention is averaged, see :meth:`TransformerSource.average`.
 
     Raises:
         UsageError: More blocks are asked for than there are.
@@ -154,10 +152,10 @@ def load_vit(
             torch.manual_seed(seed)
             model = _create(recipe, recipe.size)
         digest = hashlib.sha256(f"random {recipe.arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-        return ViTSource(name, model, recipe, "random", digest, last_blocks)
+        return ViTSource(name, model, recipe, "random", digest, blocks)
     path = _download(name, recipe) if weights is None else Path(weights).expanduser()
     shown = recipe.hub if weights is None else path.name
-    return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path), last_blocks)
+    return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path), blocks)
 
 
 def _create(recipe: ViTRecipe, size: int) -> nn.Module:

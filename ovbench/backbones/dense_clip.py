@@ -117,7 +117,7 @@ class DenseCLIP(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
-        self._watched_from = 0
+        self._watched = range(0)
         self.requires_grad_(False).eval()
 
     @property
@@ -233,26 +233,28 @@ class DenseCLIP(nn.Module):
             x = self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
             if index in wanted:
                 kept[index] = x
-        if self._watcher is not None and max(wanted) == self.depth - 2:  # a rule takes the place of the last block
+        if (
+            self._watcher is not None and self.depth - 1 in self._watched and max(wanted) == self.depth - 2
+        ):  # a rule takes the place of the last block
             q, k, _ = self.qkv(x)
             self._show(self.depth - 1, q, k)
         return Tokens(kept, grid)
 
     @contextmanager
-    def watched(self, watcher: Callable[[int, Tensor, Tensor], None], last_blocks: int) -> Iterator[None]:
-        """Shows ``watcher`` the index, queries and keys (B, heads, T, d) of the last blocks during :meth:`tokens`.
+    def watched(self, watcher: Callable[[int, Tensor, Tensor], None], blocks: range) -> Iterator[None]:
+        """Shows ``watcher`` the index, queries and keys (B, heads, T, d) of some blocks during :meth:`tokens`.
 
         A method that replaces the last block still shows the queries and keys of the ordinary one. So a second use of
         the tower's attention needs no second forward.
         """
-        self._watcher, self._watched_from = watcher, self.depth - last_blocks
+        self._watcher, self._watched = watcher, blocks
         try:
             yield
         finally:
             self._watcher = None
 
     def _show(self, index: int, q: Tensor, k: Tensor) -> None:
-        if self._watcher is not None and index >= self._watched_from:
+        if self._watcher is not None and index in self._watched:
             self._watcher(index, q, k)
 
     def block(self, index: int, x: Tensor) -> Tensor:
