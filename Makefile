@@ -1,5 +1,6 @@
 # make demo   installs into .venv and runs the main job on the embedded default
 # make test   installs with the dev extras and runs ruff, mypy and pytest
+# make paper-efficiency profiles what the papers' efficiency tables list and writes results/tables/
 # make format rewrites the sources in the house format
 # make clean  removes .venv and everything that was built
 #
@@ -19,7 +20,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types pytest format clean
+.PHONY: help demo test lint types pytest format paper-efficiency clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -38,6 +39,9 @@ types: $(DEV_STAMP)
 
 pytest: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+paper-efficiency: $(DEV_STAMP)
+	@$(BIN)/python benchmarks/paper_efficiency.py
 
 format: $(DEV_STAMP)
 	@$(BIN)/ruff check --fix .

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
+import pytest
 import torch
+from tiny_clip import photo, save_tiny
 
 from ovbench.backbones.clip_weights import load_clip
 from ovbench.methods.sc_clip import (
@@ -91,3 +96,20 @@ def test_other_depths_scale_the_indices_and_say_so() -> None:
     assert deep.options()["blocks_inferred"] is True
     fixed = SCCLIP(deep.clip, SCClipConfig(scale_indices=False))
     assert fixed.options()["blocks_used"] == {"pre": 8, "post": 3, "multi": [3, 9]}
+
+
+@pytest.mark.parametrize("size", [(96, 160), (160, 96), (112, 112)])
+def test_dense_features_against_the_straightforward_implementation(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark's baseline (N x N x C distances, a loop over outliers and their neighbours) on any shape of image."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    engine = importlib.import_module("engine")
+    clip = load_clip(str(save_tiny(tmp_path / "tiny.safetensors")))
+    method = SCCLIP(clip)
+    images = clip.normalise(torch.stack([photo(*size, seed=1), photo(*size, seed=2)]))
+    with torch.inference_mode():
+        found = method.features(images)
+        for row in range(2):
+            [expected] = engine.straightforward_features(method, images[row : row + 1])
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
