@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,17 @@ from ovbench.results.record import metrics_from_areas
 
 def _needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _silent(monkeypatch):
+    """No tracker reports about itself to its makers while it is tested; read when they are imported."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "WANDB_ERROR_REPORTING": "false",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -56,7 +69,7 @@ def test_missing_packages_and_unknown_names_are_said_before_a_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install mlflow\."):
         track.require(["mlflow"])
-    with pytest.raises(UsageError, match="Unknown tracker 'tensorbord'. Did you mean: tensorboard"):
+    with pytest.raises(UsageError, match=r"Unknown tracker 'tensorbord'\. Did you mean: tensorboard"):
         track.require(["tensorbord"])
     monkeypatch.undo()
     if importlib.util.find_spec("tensorboard"):
@@ -137,11 +150,11 @@ def test_mlflow_after_an_evaluation(stored, tmp_path, monkeypatch):
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "gone"
+    folder.mkdir()
     logger = MMLogger.get_instance(f"run-{tmp_path.name}", log_file=str(folder / "run.log"))
     for handler in logger.handlers:
         handler.close()
-    (folder / "run.log").unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     record, runs = stored
     with warnings.catch_warnings():
         warnings.simplefilter("error", OvbenchWarning)
@@ -154,7 +167,7 @@ def test_mlflow_that_fails_in_the_middle_leaves_no_open_run(stored, monkeypatch)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     record, runs = stored
-    monkeypatch.setattr(track, "scalars", lambda record: {"not allowed: \n": 1.0})
+    monkeypatch.setattr(track, "scalars", lambda record: {"mIoU": "no number"})
     with pytest.warns(OvbenchWarning, match="mlflow did not take it"):
         assert track.send(record, "mlflow", runs) is None
     assert mlflow.active_run() is None
@@ -172,7 +185,10 @@ def test_wandb_offline(stored, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", OvbenchWarning)
         where = track.send(record, "wandb", runs)
-    assert where is not None and (runs.parent / "track" / "wandb") in [p for p in map(type(runs), [where])][0].parents
+    assert where is not None and (runs.parent / "track" / "wandb") in Path(where).parents
+    import wandb
+
+    wandb.teardown()  # its service may still be writing
     [log] = (runs.parent / "track").rglob("*.wandb")
     content = log.read_bytes()
     assert b"accuracy/mIoU" in content and record.run_id.encode() in content and b"short_side" in content

@@ -18,14 +18,17 @@ from ovbench.cli.env import env
 from ovbench.cli.list import list_names
 from ovbench.cli.predict import predict
 from ovbench.cli.profile import profile
+from ovbench.cli.report import report
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
 from ovbench.cli.table import table
+from ovbench.cli.verify import verify
 from ovbench.errors import OvbenchError, OvbenchWarning
 
 EPILOG = (
     "Exit codes: 0 done; 1 a fault in ovbench itself (please report it); 2 a wrong option, name or combination; "
     "3 data missing or broken; 4 weights missing, not to be downloaded, or unfit; 5 the run failed on the way; "
+    "6 'verify' found areas that differ; "
     "130 interrupted.\n\nData goes to stdout, messages to stderr."
 )
 
@@ -71,6 +74,8 @@ app.command("list")(list_names)
 app.command("table")(table)
 app.command("compare")(compare)
 app.command("profile")(profile)
+app.command("report")(report)
+app.command("verify")(verify)
 app.add_typer(data_app, name="data", help="Make and check copies of the benchmarks.")
 app.command("env")(env)
 app.command("schema")(schema)

@@ -66,6 +66,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
     save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the overlay gallery; 0 = none.", rich_help_panel=WORK)] = 4,
+    track: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Send the record on to tensorboard, mlflow or wandb; may be repeated.", rich_help_panel=WORK)] = None,
     dump_config: Annotated[Path | None, typer.Option(help="Write the run as a plain mmengine config to this file and stop.", rich_help_panel=WORK)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the record, alone on stdout.", rich_help_panel=WORK)] = False,
 ) -> None:  # fmt: skip
@@ -121,6 +122,9 @@ def run(
     )
     from ovbench.evaluate import RunOptions
     from ovbench.evaluate import run as evaluate
+    from ovbench.evaluate import track as trackers
+
+    chosen = trackers.require(track or [])  # before the run: nothing is found missing after it
 
     how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
@@ -134,6 +138,10 @@ def run(
         return
     with _terminable(), progress("images") as on_images:
         record = evaluate(spec, **how, on_images=on_images)
+    for name in chosen:
+        where = trackers.send(record, name, results)
+        if where is not None:
+            say(f"{name}: {where}")
     if json:
         print_text(record.to_json())
     else:
