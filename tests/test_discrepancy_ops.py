@@ -28,8 +28,8 @@ from ovbench.ops.markov import arrival_steps, doubly_stochastic, hop, settling_s
 from ovbench.ops.transport import sinkhorn, transport_cost
 
 pytest.importorskip("hypothesis", reason="hypothesis is a test dependency: pip install hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SOLVERS = CHOICES["solver"]
 # Every solver, and what moves the numerics of each.
@@ -51,7 +51,7 @@ VARIANTS = [
     {"solver": "propagate", "hops": 3, "nms_threshold": 0.0, "early_rejection": False},
 ]  # fmt: skip
 variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda o: " ".join(str(v) for v in o.values()))
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=20, deadline=None, database=None)
 
 
 def scene(seed: int, classes: int = 5, patches: int = 24, sharpness: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -351,6 +351,7 @@ def test_the_slow_paths_agree_with_the_fast_one_where_both_can(eps: float, monke
     maps, cost = normalise(posterior), transport_cost(attention, "one_minus") * 0.5 * eps / 0.01
     doubles = sinkhorn(maps, cost, eps=eps, tolerance=0.0)  # eps / cost is 0.02 in both
     monkeypatch.setattr(transport, "FLOAT32_RANGE", 1e9)
+    monkeypatch.setattr(transport, "FLOAT64_RANGE", 1e9)
     singles = sinkhorn(maps, cost, eps=eps, tolerance=0.0)
     monkeypatch.setattr(transport, "FLOAT64_RANGE", 0.0)
     logs = sinkhorn(maps, cost, eps=eps, tolerance=0.0)
@@ -435,11 +436,16 @@ def test_op_with_much_entropy_is_one_hop(rule: str, value: str) -> None:
 
 
 @few
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 60), sharpness=st.sampled_from([0.0, 1.0, 3.0]))
-def test_rows_and_columns_sum_to_one(seed: int, n: int, sharpness: float) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 60),
+    sharpness=st.sampled_from([(0.0, 15), (1.0, 15), (3.0, 100)]),
+)
+def test_rows_and_columns_sum_to_one(seed: int, n: int, sharpness: tuple[float, int]) -> None:
+    """The few dominant entries of very sharp attention are what takes more rounds."""
     g = torch.Generator().manual_seed(seed)
-    sinks = 2 * torch.randn(n, generator=g)  # columns that draw everything, as in real attention
-    t = doubly_stochastic((sharpness * torch.randn(n, n, generator=g) + sinks).softmax(1))
+    sinks = torch.randn(n, generator=g)  # columns that draw everything, as in real attention
+    t = doubly_stochastic((sharpness[0] * torch.randn(n, n, generator=g) + sinks).softmax(1), sharpness[1])
     assert float((t.sum(1) - 1).abs().max()) <= 1e-5
     assert float((t.sum(0) - 1).abs().max()) <= 1e-3
     assert bool((t >= 0).all())
@@ -493,7 +499,7 @@ def arrival_by_loops(maps: Tensor, t: Tensor, tau: float, max_steps: int) -> Ten
                 if not found[i] and value > tau:
                     found[i] = step - 1 + (tau - float(before[i])) / (value - float(before[i]))
             before, last, f = f, f, f @ t.double()
-        out[k] = torch.tensor([s or max_steps * tau / float(v) for s, v in zip(found, last, strict=True)])
+        out[k] = torch.tensor([s or max_steps * tau / max(float(v), 1e-300) for s, v in zip(found, last, strict=True)])
     return out
 
 
@@ -557,9 +563,9 @@ def test_finished_maps_leave_the_products_and_steps_are_bounded(monkeypatch: pyt
 
     monkeypatch.setattr(markov, "hop", counted)
     posterior, attention = scene(53)
+    attention[:12, 12:] = attention[12:, :12] = 0  # two halves: what starts in one never reaches the other
     t = doubly_stochastic(attention)
-    t[:12, 12:] = t[12:, :12] = 0  # two halves: what starts in one never reaches the other
-    maps = posterior.clone()
+    maps = posterior[:, :12].repeat(1, 2)
     maps[0, 12:] = 0
     found = arrival_steps(maps, t, tau=0.9, max_steps=200)
     assert rows[0] == 5 and rows[-1] == 1 and len(rows) == 199 and rows == sorted(rows, reverse=True)
@@ -568,7 +574,7 @@ def test_finished_maps_leave_the_products_and_steps_are_bounded(monkeypatch: pyt
 
 def test_hops_are_matrix_powers() -> None:
     posterior, attention = scene(54)
-    t = doubly_stochastic(attention)
+    t = doubly_stochastic(attention, 100)
     assert torch.equal(hop(posterior, t, 0), posterior)
     torch.testing.assert_close(hop(posterior, t, 3), posterior @ t @ t @ t)
     torch.testing.assert_close(

@@ -52,7 +52,7 @@ def hop(maps: Tensor, transition: Tensor, hops: int = 1) -> Tensor:
     return maps
 
 
-def arrival_steps(maps: Tensor, transition: Tensor, *, tau: float = 0.6, max_steps: int = 1000) -> Tensor:
+def arrival_steps(maps: Tensor, transition: Tensor, *, tau: float = 0.3, max_steps: int = 1000) -> Tensor:
     """First interpolated step (M, N), float32, > 0, at which f^(l) / max f^(l) exceeds ``tau``; f^(l) = f^(l-1) T.
 
     ``maps`` is the state of step 1 and nothing is there at step 0, so that a patch which ``maps`` alone brings over the

@@ -17,7 +17,7 @@ above                 log domain in float64: a log-sum-exp over blocks, N^2 expo
 
 After the last step the target's marginal is exact to rounding. The source's is checked after ``iterations`` steps, and
 blocks of as many steps follow until it is within ``tolerance``. On DINOv2 attention with the cost 1 - a, 50 steps leave an
-L1 error of 1e-7 at eps 0.1, up to 2e-3 at 0.02 (100 steps: 1e-6), 0.06 at 0.002 and 0.15 at 0.001 (1000 steps: 1e-4 to
+L1 error below 2e-6 at eps 0.1, up to 2e-3 at 0.02 (100 steps: 1e-6), 0.06 at 0.002 and 0.15 at 0.001 (1000 steps: 1e-4 to
 2e-3). Where ``max_iterations`` are not enough, the plan is rounded to one with both marginals (Altschuler, Weed and
 Rigollet, NeurIPS 2017, algorithm 2): rows are scaled down to f, and what is missing is added as a matrix of rank one.
 """
