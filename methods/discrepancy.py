@@ -39,6 +39,12 @@ METHODS = {
         "paper": "Direct Segmentation without Logits Optimization, arXiv 2604.07723",
         "protocol": "direct-seg",
     },
+    "discrepancy-opmv": {
+        "cls": "PathAndVelocity",
+        "summary": "mean of both solvers' scores, each over its largest",
+        "paper": "Direct Segmentation without Logits Optimization, arXiv 2604.07723",
+        "protocol": "direct-seg",
+    },
     "discrepancy-kl": {
         "cls": "KullbackLeibler",
         "summary": "baseline of the solvers: each patch's term of the divergence from the uniform distribution",
@@ -68,8 +74,8 @@ class DiscrepancyConfig(SolverConfig):
     attention_weights: str | None = None  # None: published weights from the hub; a file or folder; or "random"
     # blocks averaged, of a vision transformer: N last ones, or A-B. None: the last 3; of clip the middle third; inferred
     attention_blocks: str | None = None
-    attention_size: int = 0  # side in pixels of the square whose area sd2 sees; 0: 512
-    attention_timestep: int = 0  # of sd2's one denoising call; 0: 1, inferred
+    attention_size: int = 512  # side in pixels of the square whose area sd2 sees
+    attention_timestep: int = 1  # of sd2's one denoising call; inferred
 
 
 class Discrepancy(Solver):
@@ -89,14 +95,10 @@ class Discrepancy(Solver):
         if issubclass(base, Solver):
             raise UsageError(f"The base '{c.base}' is a solver itself: give a dense method, e.g. kk or sc-clip.")
         self.base: Method = base.build(clip, dict(c.base_options))
-        self.source: AttentionSource = load_source(
-            c.attention,
-            c.attention_weights,
-            clip=clip,
-            blocks=None if c.attention_blocks is None else str(c.attention_blocks),
-            size=c.attention_size or None,
-            timestep=c.attention_timestep or None,
-        )
+        its: dict[str, Any] = {"size": c.attention_size, "timestep": c.attention_timestep}
+        if c.attention != "sd2":
+            its = {"blocks": None if c.attention_blocks is None else str(c.attention_blocks)}
+        self.source: AttentionSource = load_source(c.attention, c.attention_weights, clip=clip, **its)
 
     @classmethod
     def configure(cls, options: dict[str, Any]) -> Any:
@@ -196,6 +198,19 @@ class MaximumVelocity(Discrepancy):
     """The speed at which each class's mass reaches a patch along the attention."""
 
     Config = MaximumVelocityConfig
+
+
+@dataclass(frozen=True)
+class PathAndVelocityConfig(DiscrepancyConfig):
+    """``opmv``."""
+
+    solver: str = "opmv"
+
+
+class PathAndVelocity(Discrepancy):
+    """Both solvers together."""
+
+    Config = PathAndVelocityConfig
 
 
 @dataclass(frozen=True)

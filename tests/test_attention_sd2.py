@@ -321,7 +321,7 @@ def test_a_folder(folder: Path, images: Tensor) -> None:
     assert (record["attention"], record["attention_weights"], record["attention_random"]) == ("sd2", "tiny-sd2", False)
     assert (record["attention_size"], record["attention_timestep"], record["attention_patch"]) == (24, 7, 2)
     assert len(record["attention_weights_sha256"]) == 64
-    assert "attention_blocks" not in record
+    assert "attention_averaged" not in record
     names = {name.split(".")[1] for name, _ in source.vae.named_parameters(prefix="vae")}
     assert names == {"encoder", "quant_conv"}  # what does not run is not kept
     assert record["attention_params"] == sum(p.numel() for m in (source.unet, source.vae) for p in m.parameters())

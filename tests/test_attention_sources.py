@@ -171,7 +171,9 @@ def test_block_counts(pair: tuple[ViTSource, Any, dict[str, Tensor]]) -> None:
         with pytest.raises(UsageError, match=f"attention_blocks={blocks}: {source.name} has 3 blocks, give 1 .. 3"):
             ViTSource(source.name, source.model, source.recipe, "", "", blocks)
     assert ViTSource(source.name, source.model, source.recipe, "", "", "0-1").averaged == range(2)
-    assert len(source.averaged) == 3 and source.record()["attention_blocks"] == f"{source.depth - 3}-{source.depth - 1}"
+    assert (
+        len(source.averaged) == 3 and source.record()["attention_averaged"] == f"{source.depth - 3}-{source.depth - 1}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_clip_source(clip: DenseCLIP) -> None:
     torch.testing.assert_close(found, loops, rtol=1e-4, atol=1e-6)
     assert source.record()["attention_weights_sha256"] == clip.weights_sha256
     assert source.record()["attention_weights"] == "tiny.safetensors"
-    assert source.record()["attention_blocks"] == "10-11"
+    assert source.record()["attention_averaged"] == "10-11"
     with pytest.raises(UsageError, match=r"attention_blocks=13: clip has 12 blocks, give 1 .. 12"):
         load_source("clip", clip=clip, blocks="13")
     assert source.params == sum(parameter.numel() for parameter in clip.visual.parameters())

@@ -23,7 +23,7 @@ from ovbench.registry import method_class, method_names
 from ovbench.spec import protocol
 
 CLASSES = ["sky", ["road", "street"], "car", "person"]
-SOLVERS = ["op", "mv", "kl", "propagate"]
+SOLVERS = ["op", "mv", "opmv", "kl", "propagate"]
 BASES = [name for name in method_names() if not name.startswith("discrepancy-")]
 
 

@@ -118,7 +118,7 @@ class TransformerSource(AttentionSource):
 
     def record(self) -> dict[str, Any]:
         """What a record should say of the source."""
-        return {**super().record(), "attention_blocks": f"{self.averaged[0]}-{self.averaged[-1]}"}
+        return {**super().record(), "attention_averaged": f"{self.averaged[0]}-{self.averaged[-1]}"}
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:

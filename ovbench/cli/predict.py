@@ -28,7 +28,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures (JPEG, PNG, ...), or folders of pictures.")],
     classes: Annotated[str, typer.Option(help="Words with commas between them, or a file: one class per line, 'name: synonym, synonym'.")],
     method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).  [default: sc-clip]")] = None,
-    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, kl or propagate.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, opmv, kl or propagate.")] = None,
     base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on, the same as --method beside --solver.")] = None,
     attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip: clip, dino-b8, dinov2-s14, dinov2-b14, dinov2-b14-reg, sd2.")] = None,
     attention_weights: Annotated[str | None, typer.Option(help="Its weights: a file (sd2: a folder) or 'random'.")] = None,

@@ -25,7 +25,7 @@ WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recor
 def run(
     *,
     method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).", rich_help_panel=WHAT)] = None,
-    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, kl or propagate.", rich_help_panel=WHAT)] = None,
+    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, opmv, kl or propagate.", rich_help_panel=WHAT)] = None,
     base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on, the same as --method beside --solver.", rich_help_panel=WHAT)] = None,
     attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip: clip, dino-b8, dinov2-s14, dinov2-b14, dinov2-b14-reg, sd2.", rich_help_panel=WHAT)] = None,
     attention_weights: Annotated[str | None, typer.Option(help="Its weights: a file (sd2: a folder) or 'random'. Default: the published ones, from the hub.", rich_help_panel=WHAT)] = None,

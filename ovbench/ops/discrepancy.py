@@ -27,7 +27,7 @@ COCO-Object damaged in three strengths, attention of DINOv2-S/14. Mean mIoU on t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ REJECTED = -1.0  # score of a class that is out: below every other, and safe to 
 TIE_BREAK = 1e-6  # weight of the map where the KL term knows no difference
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "solver": ("op", "mv", "kl", "propagate"),
+    "solver": ("op", "mv", "opmv", "kl", "propagate"),
     "nms_rule": ("relative", "absolute"),
     "norm_axis": ("patches", "classes"),
     "norm_rule": ("sum", "softmax"),
@@ -65,7 +65,9 @@ class SolverConfig:
         UsageError: A name that is not a choice, or a number out of range.
     """
 
-    solver: str = "op"
+    solver: str = (
+        "op"  # opmv: mean of op's and mv's scores, each over its largest; the paper does not say how; inferred
+    )
     early_rejection: bool = True  # the paper
     nms_threshold: float = 0.5  # the paper: 0.5 or higher. 0 switches the stage off
     nms_rule: str = "relative"  # to the class's largest value, or the posterior as it is ("absolute"); inferred
@@ -196,15 +198,23 @@ def discrepancy_maps(posterior: Tensor, attention: Tensor, config: SolverConfig)
         if config.norm_axis == "classes":
             maps, before = over_classes(maps), over_classes(before)
         mass = (before if config.mass_of == "posterior" else maps).sum(1, keepdim=True)
-        scores = _solve(normalise(maps, "patches", config.norm_rule), attention, config)
-        if config.class_mass == "keep":
-            scores = scores * mass
+        scores = _solve(normalise(maps, "patches", config.norm_rule), attention, config, mass)
         out = torch.full_like(posterior, REJECTED)
         out[index] = scores
     return out
 
 
-def _solve(maps: Tensor, attention: Tensor, config: SolverConfig) -> Tensor:
+def _solve(maps: Tensor, attention: Tensor, config: SolverConfig, mass: Tensor) -> Tensor:
+    """Scores (M, N) >= 0 of distributions (M, N) whose classes have the mass (M, 1)."""
+    if config.solver == "opmv":
+        both = [_solve(maps, attention, replace(config, solver=solver), mass) for solver in ("op", "mv")]
+        tiny = torch.finfo(torch.float32).tiny
+        return sum((scores / scores.amax().clamp_min(tiny) for scores in both), torch.zeros_like(maps)) / 2
+    scores = _scores(maps, attention, config)
+    return scores * mass if config.class_mass == "keep" else scores
+
+
+def _scores(maps: Tensor, attention: Tensor, config: SolverConfig) -> Tensor:
     """Scores (M, N) >= 0 of distributions (M, N), before the class's mass."""
     if config.solver == "kl":
         return _kl(maps)
