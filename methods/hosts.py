@@ -49,6 +49,15 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 
 
+ADDONS = ("caa", "ecac")  # modules beside this one whose ``build_head`` wraps a host; ids are ``<add-on>-<host>``
+
+
+def addon_and_host(name: str) -> tuple[str | None, str]:
+    """The two parts of a head's id: ``caa-psp`` is ("caa", "psp"), ``psp`` is (None, "psp")."""
+    addon, dash, host = name.partition("-")
+    return (addon, host) if dash and addon in ADDONS else (None, name)
+
+
 def host_names() -> list[str]:
     """Ids of all hosts."""
     return list(HOSTS)

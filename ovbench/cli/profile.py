@@ -21,7 +21,7 @@ WHAT, PROTOCOL, WORK = "What to profile", "Whole image", "How to measure"
 
 
 def profile(
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), PATH.py:Class, or with --part decode_head a closed-set head: fcn, psp, ccnet, deeplabv3, deeplabv3plus, uper.", rich_help_panel=WHAT)] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), PATH.py:Class, or with --part decode_head a closed-set head, bare or as caa-HEAD or ecac-HEAD: fcn, psp, ccnet, deeplabv3, deeplabv3plus, uper.", rich_help_panel=WHAT)] = None,
     solver: Annotated[str | None, typer.Option(help="Discrepancy solver, as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
     base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on.", rich_help_panel=WHAT)] = None,
     attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip.", rich_help_panel=WHAT)] = None,
@@ -110,11 +110,11 @@ def _method_spec(
     """The spec of an open-vocabulary method, its names checked before any process starts."""
     from ovbench import benchmarks
     from ovbench import spec as specs
-    from ovbench.methods.hosts import HOSTS  # type: ignore[import-not-found]
+    from ovbench.methods.hosts import HOSTS, addon_and_host  # type: ignore[import-not-found]
     from ovbench.profile.report import ProfileSpec
     from ovbench.registry import method_info
 
-    if fields["method"] in HOSTS:
+    if addon_and_host(fields["method"])[1] in HOSTS:
         raise UsageError(f"'{fields['method']}' is a decode head: say --part decode_head.")
     if features is not None:
         raise UsageError("--features is the input of a decode head: say --part decode_head, or give --input HxW.")
@@ -153,7 +153,7 @@ def _head_spec(
     if given:
         names = ", ".join("--" + name.replace("method_options", "option").replace("_", "-") for name in given)
         raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --classes N.")
-    hosts.head_config(fields["method"])
+    hosts.head_config(hosts.addon_and_host(fields["method"])[1])
     hosts.feature_grids(features or "64x64")
     chosen = classes or fields["dataset"]
     number = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
     classes = spec.classes or hosts.NUM_CLASSES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        head = hosts.build_head(spec.method, classes).to(device)
+        addon, host = hosts.addon_and_host(spec.method)
+        module = hosts if addon is None else importlib.import_module(f"ovbench.methods.{addon}")
+        head = module.build_head(host, classes).to(device)
 
     def forward(batch: int) -> Step:
         generator = torch.Generator().manual_seed(spec.seed)
@@ -87,8 +90,8 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
         return step
 
     written = ",".join(f"{h}x{w}" for h, w in grids)
-    used = hosts.head_config(spec.method)["in_index"]
-    used = list(used) if isinstance(used, list) else [0, 3] if "c1_in_channels" in hosts.HOSTS[spec.method] else [used]
+    used = hosts.head_config(host)["in_index"]
+    used = list(used) if isinstance(used, list) else [0, 3] if "c1_in_channels" in hosts.HOSTS[host] else [used]
     shapes = ["x".join(map(str, shape)) for shape in hosts.feature_shapes(grids)]
     return Subject(
         spec=spec.model_copy(update={"features": written, "classes": classes}),

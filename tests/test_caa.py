@@ -1,0 +1,380 @@
+"""CAA as an add-on: its equations against loops, its switches, its losses, and its size against Table 3.5."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ovbench.errors import UsageError
+from ovbench.methods import caa, hosts
+from ovbench.methods.caa import CAA, CAAConfig
+from ovbench.profile.counters import count
+from ovbench.profile.parameters import count_parameters
+
+SMALL = {"center_channels": 6, "affinity_channels": 5}
+ABLATIONS = {
+    "full": {},
+    "CC": {"affinity": False},
+    "SA": {"center": False},
+    "intra": {"inter": False},
+    "inter": {"intra": False},
+    "no losses": {"aux_weight": 0.0, "affinity_weight": 0.0},
+    "aux": {"affinity_weight": 0.0},
+    "aff": {"aux_weight": 0.0},
+    "softmax over classes": {"center_softmax": "classes"},
+    "rows not normalised": {"row_normalise": False},
+    "association scaled": {"association_scale": True},
+    "fusion without norm": {"fusion_norm": False},
+}
+
+
+def _narrow(host: dict, num_classes: int = 5) -> dict:
+    """A host's config with few channels: the mathematics is the same and a test takes no time."""
+    config = {**host, "channels": 8, "num_classes": num_classes}
+    if isinstance(config["in_channels"], list):
+        return {**config, "in_channels": [4, 6, 7, 9]}
+    return {**config, "in_channels": 9, **({"c1_in_channels": 4, "c1_channels": 3} if "c1_channels" in host else {})}
+
+
+def _head(name: str = "fcn", **switches):
+    torch.manual_seed(0)
+    config = caa.head_config(name, **{**SMALL, **switches})
+    caa.register()
+    from ovbench.compat import import_mmseg
+
+    return import_mmseg().registry.MODELS.build({**config, "host": _narrow(config["host"])})
+
+
+def _inputs(grid=(6, 7), batch=2):
+    generator = torch.Generator().manual_seed(1)
+    grids = hosts.feature_grids("x".join(map(str, grid)))
+    return [torch.randn(batch, c, *g, generator=generator) for c, g in zip((4, 6, 7, 9), grids, strict=True)]
+
+
+def _samples(labels):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+
+
+# --- equations ---
+
+
+def test_affinity_ground_truth_against_a_double_loop():
+    labels = torch.randint(0, 4, (3, 12), generator=torch.Generator().manual_seed(3))
+    labels[labels == 3] = 255
+    labels[2] = 255
+    target, counted = caa.affinity_target(labels)
+    for image, i, j in itertools.product(range(3), range(12), range(12)):
+        a, b = int(labels[image, i]), int(labels[image, j])
+        assert bool(counted[image, i, j]) == (a != 255 and b != 255)
+        assert bool(target[image, i, j]) == (a == b != 255)
+    assert 0 < int(target.sum()) < int(counted.sum()) < counted.numel()
+
+
+def test_affinity_ground_truth_is_the_product_of_one_hot_labels():
+    labels = torch.tensor([[0, 1, 1, 2, 255, 0]])
+    one_hot = torch.stack([labels == k for k in range(3)], dim=-1).float()
+    assert torch.equal(caa.affinity_target(labels)[0].float(), one_hot @ one_hot.transpose(1, 2))
+
+
+@pytest.mark.parametrize("entries", [1, 40, 10**9])
+def test_affinity_loss_against_a_double_loop(entries):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(2, 9, 9, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 9), generator=generator)
+    labels[0, :4] = 255
+    losses = []
+    for image, i, j in itertools.product(range(2), range(9), range(9)):
+        a, b = int(labels[image, i]), int(labels[image, j])
+        if 255 not in (a, b):
+            p = logits[image, i, j].sigmoid()
+            losses.append(-(p if a == b else 1 - p).log())
+    assert float(caa.affinity_loss(logits, labels, entries=entries)) == pytest.approx(float(torch.stack(losses).mean()))
+
+
+def test_ignored_positions_have_no_gradient_on_either_axis():
+    logits = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    labels = torch.tensor([[0, 255, 1, 1, 255, 0]])
+    caa.affinity_loss(logits, labels).backward()
+    ignored = labels[0] == 255
+    assert not logits.grad[0, ignored].any() and not logits.grad[0, :, ignored].any()
+    assert bool(logits.grad[0][~ignored][:, ~ignored].all())
+
+
+def test_affinity_loss_without_a_counted_pair():
+    logits = torch.full((1, 4, 4), torch.inf).requires_grad_()
+    loss = caa.affinity_loss(logits, torch.full((1, 4), 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_labels_on_a_coarser_grid():
+    labels = torch.arange(32).reshape(1, 4, 8)
+    assert caa.labels_on_grid(labels, (2, 4)).tolist() == [[0, 2, 4, 6, 16, 18, 20, 22]]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_inter_is_the_rest_of_the_affinity_times_the_features(normalise):
+    generator = torch.Generator().manual_seed(6)
+    affinity = torch.rand(2, 30, 30, generator=generator, dtype=torch.float64)
+    features = torch.randn(2, 30, 4, generator=generator, dtype=torch.float64)
+    intra, inter = caa.aggregate(affinity, features, normalise)
+    rest = 1 - affinity
+    if normalise:
+        affinity, rest = affinity / affinity.sum(-1, keepdim=True), rest / rest.sum(-1, keepdim=True)
+    torch.testing.assert_close(intra, affinity @ features)
+    torch.testing.assert_close(inter, rest @ features)
+
+
+def test_a_saturated_affinity_stays_finite():
+    features = torch.rand(1, 50, 4, generator=torch.Generator().manual_seed(7))
+    for value in (0.0, 1.0):
+        intra, inter = caa.aggregate(torch.full((1, 50, 50), value), features)
+        assert bool(intra.isfinite().all()) and bool(inter.isfinite().all())
+        assert max(float(intra.abs().max()), float(inter.abs().max())) < 1.01
+
+
+@pytest.mark.parametrize("axis", ["positions", "classes"])
+def test_class_centers_against_a_loop(axis):
+    generator = torch.Generator().manual_seed(8)
+    coarse, features = torch.randn(2, 3, 10, generator=generator), torch.randn(2, 10, 4, generator=generator)
+    found = caa.class_centers(coarse, features, axis)
+    for image, k in itertools.product(range(2), range(3)):
+        weights = coarse[image].exp() / (1 if axis == "positions" else coarse[image].exp().sum(0))
+        mean = sum(weights[k, i] * features[image, i] for i in range(10)) / weights[k].sum()
+        torch.testing.assert_close(found[image, k], mean)
+
+
+# --- the head ---
+
+
+@pytest.mark.parametrize("name", hosts.host_names())
+def test_every_host(name):
+    head = _head(name)
+    inputs = _inputs()
+    labels = torch.randint(0, 5, (2, 24, 28))
+    labels[:, :8] = 255
+    output = head.train()(inputs)
+    losses = head.loss_by_feat(output, _samples(labels))
+    assert set(losses) == {"loss_ce", "acc_seg", "coarse.loss_ce", "coarse.acc_seg", "loss_affinity"}
+    sum(value for key, value in losses.items() if "loss" in key).backward()
+    parameters = dict(head.named_parameters())
+    assert {key.split(".")[0] for key in parameters} == {"host", "caa", "conv_seg"}
+    # A convolution before a batch norm that sees one value per channel (pooled to 1 x 1) may get a gradient of 0, not None.
+    assert [key for key, value in parameters.items() if value.grad is None or not value.grad.isfinite().all()] == []
+    for key in ("host.conv_seg", "caa.transform.0", "caa.query", "caa.key", "caa.fusion.0", "conv_seg"):
+        assert bool(parameters[f"{key}.weight"].grad.any()), key
+    if name == "fcn":
+        assert bool(parameters["host.convs.0.conv.weight"].grad.any())
+    with torch.no_grad():
+        logits = head.eval()(inputs)
+    assert logits.shape == output.seg_logits.shape and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("switches", ABLATIONS.values(), ids=ABLATIONS)
+def test_every_ablation(switches):
+    head = _head(**switches).train()
+    output = head(_inputs())
+    losses = head.loss_by_feat(output, _samples(torch.randint(0, 5, (2, 24, 28))))
+    assert ("coarse.loss_ce" in losses) == (switches.get("aux_weight", 1) > 0)
+    assert ("loss_affinity" in losses) == (switches.get("affinity", True) and switches.get("affinity_weight", 1) > 0)
+    sum(value for key, value in losses.items() if "loss" in key).backward()
+    assert all(value.grad is not None and bool(value.grad.isfinite().all()) for value in head.parameters())
+
+
+def test_the_losses_add_to_the_gradient_of_their_parts():
+    """The affinity loss alone reaches the host through a and b; CE(coarse) reaches the coarse classifier."""
+    head = _head().train()
+    losses = head.loss_by_feat(head(_inputs()), _samples(torch.randint(0, 5, (2, 6, 7))))
+    host = head.host.convs[0].conv.weight
+    got = torch.autograd.grad(losses["loss_affinity"], [host, head.caa.query.weight], retain_graph=True)
+    assert all(bool(grad.any()) for grad in got)
+    assert bool(torch.autograd.grad(losses["coarse.loss_ce"], head.host.conv_seg.weight, retain_graph=True)[0].any())
+    assert torch.autograd.grad(losses["loss_affinity"], head.conv_seg.weight, allow_unused=True)[0] is None
+
+
+def test_aux_loss_has_its_weight():
+    """Weights scale the losses and nothing else."""
+    samples = _samples(torch.randint(0, 5, (2, 6, 7)))
+    found = []
+    for switches in ({}, {"aux_weight": 0.8, "affinity_weight": 3.0}):
+        head = _head(**switches).train()
+        torch.manual_seed(9)  # dropout
+        found.append(head.loss_by_feat(head(_inputs()), samples))
+    for name, factor in {"coarse.loss_ce": 2, "loss_affinity": 3, "loss_ce": 1}.items():
+        assert found[1][name].item() == pytest.approx(factor * found[0][name].item())
+
+
+@torch.no_grad()
+def test_evaluation_does_not_depend_on_what_only_training_has():
+    expected = _head().eval()(_inputs())
+    for switches in (ABLATIONS["no losses"], ABLATIONS["aux"], ABLATIONS["aff"]):
+        assert torch.equal(_head(**switches).eval()(_inputs()), expected)
+    alone = _head(center=False).eval()  # without centre, the coarse classifier is there for its loss only
+    expected = alone(_inputs())
+    del alone.host.conv_seg
+    assert torch.equal(alone(_inputs()), expected)
+
+
+@torch.no_grad()
+def test_permuting_the_classes_permutes_the_result():
+    head = _head("psp").eval()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    other = copy.deepcopy(head)
+    for layer in (other.conv_seg, other.host.conv_seg):
+        layer.weight.copy_(layer.weight[order])
+        layer.bias.copy_(layer.bias[order])
+    torch.testing.assert_close(other(_inputs()), head(_inputs())[:, order])
+    # and the centres do take part: another order of the coarse classes alone is the same set of centres
+    other.conv_seg.load_state_dict(head.conv_seg.state_dict())
+    torch.testing.assert_close(other(_inputs()), head(_inputs()))
+    other.host.conv_seg.weight.mul_(-3)
+    assert not torch.allclose(other(_inputs()), head(_inputs()))
+
+
+@pytest.mark.parametrize("switches", ABLATIONS.values(), ids=ABLATIONS)
+@torch.no_grad()
+def test_tiny_grids_are_finite(switches):
+    head = _head(**switches)
+    for grid in ((2, 2), (1, 1)):
+        assert bool(head.eval()(_inputs(grid)).isfinite().all())
+        assert bool(head.train()(_inputs(grid)).seg_logits.isfinite().all())
+
+
+def _addon(**switches) -> CAA:
+    torch.manual_seed(0)
+    return CAA(8, CAAConfig.of(**{**SMALL, **switches})).eval()
+
+
+@torch.no_grad()
+def test_evaluation_by_rows_is_the_whole_map(monkeypatch):
+    addon, features, coarse = _addon(), torch.randn(3, 8, 5, 7), torch.randn(3, 4, 5, 7)
+    whole, logits = addon(features, coarse)
+    assert logits is None
+    monkeypatch.setattr(caa, "MAP_ENTRIES", 3 * 35 * 4)  # 4 rows at a time
+    torch.testing.assert_close(addon(features, coarse)[0], whole)
+    separately = torch.cat([addon(features[i : i + 1], coarse[i : i + 1])[0] for i in range(3)])
+    torch.testing.assert_close(separately, whole)
+
+
+@torch.no_grad()
+def test_training_and_evaluation_compute_the_same_map():
+    addon, features, coarse = _addon(), torch.randn(2, 8, 5, 7), torch.randn(2, 4, 5, 7)
+    expected = addon(features, coarse)[0]
+    addon.training = True  # the norms stay in evaluation
+    found, logits = addon(features, coarse)
+    torch.testing.assert_close(found, expected)
+    assert logits.shape == (2, 35, 35)
+
+
+class _Maps(TorchDispatchMode):
+    """The most bytes that storages of a size or more held at a time."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.alive, self.peak = least, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and (size := out.untyped_storage().nbytes()) >= self.least:
+            pointer = out.untyped_storage().data_ptr()
+            self.alive[pointer] = (weakref.ref(out.untyped_storage()), size)
+        self.alive = {key: entry for key, entry in self.alive.items() if entry[0]() is not None}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_affinity_map_in_evaluation(monkeypatch, batch):
+    side = 24
+    entries = side**4
+    monkeypatch.setattr(caa, "MAP_ENTRIES", entries)
+    addon, features = _addon(), torch.randn(batch, 8, side, side)
+    counted = _Maps(entries)
+    with torch.inference_mode(), counted:
+        addon(features, torch.randn(batch, 4, side, side))
+    assert counted.peak == 4 * entries
+
+
+def test_half_precision_stays_near():
+    head = _head("psp").eval()
+    inputs = _inputs((16, 16))
+    with torch.no_grad():
+        expected = head(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = head(inputs)
+    assert bool(found.isfinite().all())
+    assert float((found.float() - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_wrong_switches():
+    with pytest.raises(UsageError, match="intra"):
+        caa.head_config("psp", intr=False)
+    with pytest.raises(UsageError, match="host itself"):
+        CAAConfig(center=False, affinity=False)
+    with pytest.raises(UsageError, match="neither"):
+        CAAConfig(intra=False, inter=False)
+    with pytest.raises(UsageError, match="positions"):
+        CAAConfig.of(center_softmax="pixels")
+    with pytest.raises(UsageError, match="at least 1"):
+        CAAConfig(center_channels=0)
+    with pytest.raises(UsageError, match="at least 0"):
+        CAAConfig(aux_weight=-1.0)
+    with pytest.raises(UsageError, match="deeplabv3"):
+        caa.build_head("deeplab", 5)
+
+
+def test_a_head_can_be_pickled_and_copied():
+    head = _head().eval()
+    with torch.no_grad():
+        expected = head(_inputs())
+        for other in (pickle.loads(pickle.dumps(head)), copy.deepcopy(head)):
+            assert torch.equal(other(_inputs()), expected)
+
+
+def test_importing_loads_no_mmseg(run_python):
+    done = run_python(
+        "-c", "from ovbench.methods import caa; import sys; print({'mmseg', 'mmengine'} & set(sys.modules))"
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# --- size ---
+
+ROWS = {"psp": "PSPNet", "ccnet": "CCNet", "deeplabv3": "DeepLabV3", "uper": "UperNet"}
+GRIDS = hosts.feature_grids("64x64,64x64,64x64,64x64")
+
+
+def _gmacs(head, convention) -> float:
+    features = [torch.empty(shape, device="meta") for shape in hosts.feature_shapes(GRIDS)]
+    return count(lambda: head(features), convention).gmacs
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_size_beside_the_thesis(shared, name):
+    with (shared / "published" / "published.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "thesis-caa" and row["table"] == "3.5"]
+    published = {(row["row"], row["metric"]): float(row["value"]) for row in rows}
+    with torch.device("meta"):
+        host, head = hosts.build_head(name), caa.build_head(name)
+    params = (count_parameters(head).total - count_parameters(host).total) / 1e6
+    thesis = published[f"{ROWS[name]}+CAA", "params"] - published[ROWS[name], "params"]
+    assert params == pytest.approx(thesis, rel=0.05)
+    assert params == pytest.approx(3.6, rel=0.05)
+    modules = _gmacs(head, "modules") - _gmacs(host, "modules")
+    n, k, c, d, a = 64 * 64, 150, 512, 2048, 128
+    convolutions = n * (c * d + 2 * c * a + (c + 2 * d) * c + c * k) / 1e9
+    assert modules == pytest.approx(convolutions, rel=1e-9) and convolutions == pytest.approx(14.81, abs=0.005)
+    # Above Table 3.5, see the module: all of these parameters work at all positions.
+    assert modules > 1.1 * (published[f"{ROWS[name]}+CAA", "flops"] - published[ROWS[name], "flops"])
+    products = n * n * (a + d) + k * n * d + 2 * 2 * n * k * d  # M, M F'; centres; two associations
+    assert _gmacs(head, "torch") - _gmacs(host, "torch") == pytest.approx(modules + products / 1e9, rel=1e-4)
