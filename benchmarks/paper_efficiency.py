@@ -19,6 +19,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
     "direct-seg": ("complexity", "complexity-stages"),
+    "thesis-caa": ("3.5",),
+    "thesis-ecac": ("4.6",),
+    "thesis-lsmseg": ("5.8",),
+    "fisa": ("2",),
+}
+HEAD = ("--count", "modules", "--part", "decode_head", "--features")  # the thesis counts convolutions and linear layers
+ALL_64 = "64x64,64x64,64x64,64x64"
+WHOLE = ("--dataset", "voc21", "--mode", "whole", "--input", "336x448")
+PROFILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "direct-seg": (
+        ("-m", "clip", "--protocol", "direct-seg", *WHOLE),
+        ("-m", "proxyclip", "--protocol", "direct-seg", *WHOLE),
+        ("-m", "discrepancy-op", *WHOLE),
+        ("-m", "discrepancy-mv", *WHOLE),
+    ),
     "thesis-caa": tuple(
         ("-m", addon + host, *HEAD, grid)
         for addon in ("", "caa-")
