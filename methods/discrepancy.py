@@ -66,9 +66,7 @@ BASE = "base."  # prefix of the base's own options
 class DiscrepancyConfig(SolverConfig):
     """The solver's constants, and what it works on."""
 
-    base: str = (
-        "kk"  # method that gives the logits: the paper's default is k-k attention (40.8 against 36.2 with CLIP's)
-    )
+    base: str = "kk"  # gives the logits: k-k attention is the paper's default (40.8 against 36.2 with CLIP's own)
     base_options: tuple[tuple[str, Any], ...] = ()  # the base's own options, given as base.NAME=VALUE
     attention: str = "sd2"  # source of the attention; the paper's main one
     attention_weights: str | None = None  # None: published weights from the hub; a file or folder; or "random"
@@ -94,6 +92,7 @@ class Discrepancy(Solver):
         base = method_class(c.base)
         if issubclass(base, Solver):
             raise UsageError(f"The base '{c.base}' is a solver itself: give a dense method, e.g. kk or sc-clip.")
+        self.dtype = torch.float32
         self.base: Method = base.build(clip, dict(c.base_options))
         its: dict[str, Any] = {"size": c.attention_size, "timestep": c.attention_timestep}
         if c.attention != "sd2":
@@ -122,6 +121,7 @@ class Discrepancy(Solver):
 
     def use_precision(self, dtype: torch.dtype) -> None:
         """Keep the matrices of both networks in ``dtype``."""
+        self.dtype = dtype
         self.base.use_precision(dtype)
         if not isinstance(self.source, ClipSource):
             self.source.use_precision(dtype)
@@ -164,7 +164,9 @@ class Discrepancy(Solver):
         if found.attention is not None and len(found.attention) == 1:
             return found.attention[0], self._tower_grid(found)
         device = found.values.device
-        attention, grid = self.source.attention(found.image[None].to(device))
+        # outside the logits' forward, so the source's network needs its own autocast
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            attention, grid = self.source.attention(found.image[None].to(device))
         return attention[0], grid
 
     def _tower_grid(self, found: PatchLogits) -> tuple[int, int]:

@@ -100,6 +100,20 @@ def test_neighbours_in_a_batch_windows_and_sizes_change_nothing(clip: DenseCLIP)
             assert (alone == labels).double().mean() > 0.995
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("source", "mode"), [("clip", "whole"), ("clip", "slide"), ("dinov2-s14", "whole")])
+def test_lower_precision_of_both_networks(tmp_path: Path, source: str, mode: str, dtype: str) -> None:
+    path, image = str(save_tiny(tmp_path / "tiny.safetensors")), photo(96, 144)
+    options = {"attention": source, **({} if source == "clip" else {"attention_weights": "random"})}
+    labels = []
+    for kind in ("float32", dtype):  # a CLIP of its own for each: precision is lost for good
+        method = method_class("discrepancy-mv").build(load_clip(path), options)
+        fields = {"mode": mode, "crop": 64, "stride": 32}
+        model = OpenVocabModel(method, CLASSES, protocol("direct-seg", **fields), dtype=kind)  # type: ignore[arg-type]
+        labels += model.predict_labels([image], [(96, 144)])
+    assert (labels[0] == labels[1]).double().mean() > 0.8
+
+
 def test_thresholds_and_solvers_as_bases_are_refused(clip: DenseCLIP) -> None:
     with pytest.raises(UsageError, match=r"no probabilities.*--protocol direct-seg"):
         OpenVocabModel(solver_of(clip), CLASSES, protocol("common", prob_thd=0.1))
