@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.backbones.clip_weights import load_clip
-from ovbench.model import DTYPES, OpenVocabModel
+from ovbench.model import OpenVocabModel
 from ovbench.ops.windows import windows
 from ovbench.profile.environment import environment
 from ovbench.registry import method_class
 from ovbench.spec import protocol
+from ovbench.windowed import DTYPES
 
 CASES = {
     "336x448:150": ((336, 448), 150, (512, 683)),

@@ -4,6 +4,7 @@ benchmark = dict(
     title="ADE20K, 150 classes",
     version=1,
     order=8,
+    group="eight",
     num_classes=150,
     has_background=False,
     expected_images=2000,
@@ -21,6 +22,13 @@ dataset = dict(
     seg_map_suffix=".png",
     reduce_zero_label=True,
     ignore_index=255,
+)
+
+train = dict(
+    data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+    ann_file="",
+    expected_images=20210,
+    stems=["ADE_train_{i:08d}"],
 )
 
 synth = dict(

@@ -4,6 +4,7 @@ benchmark = dict(
     title="Cityscapes, 19 classes",
     version=1,
     order=7,
+    group="eight",
     num_classes=19,
     has_background=False,
     expected_images=500,

@@ -8,6 +8,7 @@ benchmark = dict(
     title="COCO Object, 80 classes + background",
     version=1,
     order=3,
+    group="eight",
     num_classes=81,
     has_background=True,
     expected_images=5000,

@@ -4,6 +4,7 @@ benchmark = dict(
     title="COCO-Stuff 164k, 171 classes",
     version=1,
     order=6,
+    group="eight",
     num_classes=171,
     has_background=False,
     expected_images=5000,
@@ -24,6 +25,13 @@ dataset = dict(
     seg_map_suffix="_labelTrainIds.png",
     reduce_zero_label=False,
     ignore_index=255,
+)
+
+train = dict(
+    data_prefix=dict(img_path="images/train2017", seg_map_path="annotations/train2017"),
+    ann_file="",
+    expected_images=118287,
+    stems=["{i:012d}"],
 )
 
 synth = dict(

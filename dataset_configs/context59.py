@@ -4,6 +4,7 @@ benchmark = dict(
     title="PASCAL Context, 59 classes",
     version=1,
     order=5,
+    group="eight",
     num_classes=59,
     has_background=False,
     expected_images=5104,
@@ -23,6 +24,13 @@ dataset = dict(
     seg_map_suffix=".png",
     reduce_zero_label=True,
     ignore_index=255,
+)
+
+train = dict(
+    data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClassContext"),
+    ann_file="ImageSets/SegmentationContext/train.txt",
+    expected_images=4998,
+    stems=["2010_{i:06d}"],
 )
 
 synth = dict(

@@ -4,6 +4,7 @@ benchmark = dict(
     title="PASCAL Context, 59 classes + background",
     version=1,
     order=2,
+    group="eight",
     num_classes=60,
     has_background=True,
     expected_images=5104,

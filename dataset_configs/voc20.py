@@ -8,6 +8,7 @@ benchmark = dict(
     title="PASCAL VOC 2012, 20 classes",
     version=1,
     order=4,
+    group="eight",
     num_classes=20,
     has_background=False,
     expected_images=1449,

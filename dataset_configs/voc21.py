@@ -4,6 +4,7 @@ benchmark = dict(
     title="PASCAL VOC 2012, 20 classes + background",
     version=1,
     order=1,
+    group="eight",
     num_classes=21,
     has_background=True,
     expected_images=1449,

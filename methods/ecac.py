@@ -11,6 +11,12 @@ A host's 1x1 classifier is kept as the coarse classifier. Around the features F 
 (+) joins channels, xi is two linear layers 2d -> d' -> d. Where the thesis is silent, the choice is marked *inferred*. Also
 inferred: centres are per image, a class that is absent has a zero centre, the host's dropout acts on the features that are
 classified and not on those that are averaged, and the memory is updated after the losses of its batch.
+
+Beside Table 4.6: +1.034 M parameters (published +1.02 to +1.05) and +.784 GMACs: C_s and the logits are a product of
+150 x 4096 x 512 each, xi is 150 x 1536 x 672. Published are +1.13 (PSPNet), +1.25 (DeepLabV3+) and +1.45 (FCN), although
+what is added is the same on each, so no reading meets all. PSPNet's +1.05 M and +1.13 G are those of a 1x1 convolution
+512 -> 512 of F with two xi of d' = 256, of which one runs, when convolutions and linear layers alone are counted; the
+equations have no such convolution, and it is not here.
 """
 
 from __future__ import annotations
@@ -26,8 +32,20 @@ from torch.nn import functional as F
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.ops.class_context import (
+    EPS,
+    class_centres,
+    class_sums,
+    class_weights,
+    classify,
+    cross_entropy,
+    feature_rows,
+    iv_loss,
+    kl_loss,
+    memory_loss,
+    soft_centres,
+)
 
-EPS = 1e-6
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -73,42 +91,6 @@ class ECACConfig:
             raise UsageError("ECAC: momentum must be in (0, 1], hidden at least 1, kl_weight and iv_weight at least 0.")
 
 
-def class_sums(
-    features: Tensor, labels: Tensor, num_classes: int, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums (K, d) of rows (P, d) per label (P,), and the total weight (K,) of each; float32, labels beyond K left out."""
-    valid = (labels >= 0) & (labels < num_classes)
-    rows, index = features[valid].float(), labels[valid]
-    weight = rows.new_ones(len(rows)) if weights is None else weights[valid].float()
-    sums = rows.new_zeros(num_classes, rows.shape[1]).index_add(0, index, rows * weight[:, None])
-    return sums, rows.new_zeros(num_classes).index_add(0, index, weight)
-
-
-def class_centres(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean feature (B, K, d) of each class in each image; zero where absent.
-
-    Features are (B, d, h, w), labels (B, h, w) on the same grid; ids outside 0 .. K - 1 are ignored.
-    """
-    batch = len(features)
-    known = (labels >= 0) & (labels < num_classes)
-    offsets = num_classes * torch.arange(batch, device=labels.device)[:, None, None]
-    index = torch.where(known, labels + offsets, -1)
-    sums, totals = class_sums(_rows(features), index.flatten(), batch * num_classes)
-    return (sums / totals.clamp_min(1)[:, None]).view(batch, num_classes, -1)
-
-
-def soft_centres(features: Tensor, coarse: Tensor) -> Tensor:
-    """Means (B, K, d) of features (B, d, h, w) weighted by the softmax over classes of coarse logits (B, K, h, w)."""
-    # The softmax over pixels of log-probabilities divides each class by its sum, however small that is.
-    share = coarse.flatten(2).float().log_softmax(dim=1).softmax(dim=2)  # B, K, N
-    return share.to(features.dtype) @ features.flatten(2).transpose(1, 2)
-
-
-def classify(classifiers: Tensor, features: Tensor) -> Tensor:
-    """Logits (B, K, h, w) of features (B, d, h, w) under classifiers (B, K, d)."""
-    return (classifiers @ features.flatten(2)).view(len(features), -1, *features.shape[2:])
-
-
 def all_reduce(value: Tensor) -> Tensor:
     """The sum over all processes of a distributed training; the value itself elsewhere."""
     distributed = torch.distributed
@@ -132,7 +114,7 @@ def updated_memory(
     A class seen (K, bool) for the first time sets its row. Features are (B, d, h, w), labels (B, h, w); ``reduce`` sums
     over processes.
     """
-    rows, index, weights = _rows(features), labels.flatten(), None
+    rows, index, weights = feature_rows(features), labels.flatten(), None
     if config.memory_update == "cosine":
         own = index.clamp(0, len(memory) - 1)
         cosine = F.cosine_similarity(rows.float(), memory[own], dim=1)
@@ -142,69 +124,6 @@ def updated_memory(
     means = sums / torch.where(present, totals, 1.0)[:, None]
     rate = torch.where(seen, config.momentum, 1.0)[:, None]
     return torch.where(present[:, None], (1 - rate) * memory + rate * means, memory), seen | present
-
-
-def class_weights(frequencies: Tensor, rho: float) -> Tensor:
-    """w_c = f_c^-rho / sum_k f_k^-rho, float32 (K,); 0 for a class that never occurs."""
-    occurs = frequencies > 0
-    raw = torch.where(occurs, torch.where(occurs, frequencies, 1.0).double() ** -rho, 0.0)
-    return (raw / raw.sum()).float()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean of the cross-entropy over labelled pixels; 0 where there are none.
-
-    Logits are (B, K, ...), labels (B, ...); ids outside 0 .. K - 1 are ignored. Weights (K,) are divided by their sum over
-    pixels (*inferred*), so that their scale does not matter.
-    """
-    num_classes = logits.shape[1]
-    valid = (labels >= 0) & (labels < num_classes)
-    loss = F.cross_entropy(logits.float(), torch.where(valid, labels, 0), reduction="none")
-    scale = valid.float() if weights is None else weights[torch.where(valid, labels, 0)] * valid
-    return (loss * scale).sum() / scale.sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def kl_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher || student), weighted by teacher entropy within each class, averaged over classes present (Eq. 4.12).
-
-    Logits are (B, K, h, w), labels (B, h, w) on the same grid; the teacher gets no gradient.
-    """
-    num_classes = student.shape[1]
-    log_t = teacher.detach().float().log_softmax(dim=1)
-    log_s = student.float().log_softmax(dim=1)
-    entropy = -(log_t.exp() * log_t).sum(dim=1).flatten()
-    divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1).flatten()
-    sums, totals = class_sums(divergence[:, None], labels.flatten(), num_classes, entropy + EPS)
-    present = totals > 0
-    per_class = sums[:, 0] / torch.where(present, totals, 1.0)
-    return per_class.sum() / present.sum().clamp_min(1)
-
-
-def iv_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared difference of the two cosine maps of logits (B, K, h, w) to their own class centres; teacher fixed."""
-    valid = (labels >= 0) & (labels < student.shape[1])
-    difference = cosine_map(student, labels) - cosine_map(teacher.detach(), labels)
-    return (difference.square() * valid).sum() / valid.sum().clamp_min(1)
-
-
-def cosine_map(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cosine (B, h, w) of each pixel's logits (B, K, h, w) to the mean of its class in its image."""
-    num_classes = outputs.shape[1]
-    centres = class_centres(outputs, labels, num_classes)  # B, K, K
-    index = torch.where((labels >= 0) & (labels < num_classes), labels, 0).flatten(1)
-    own = centres.gather(1, index[..., None].expand(-1, -1, num_classes))  # B, N, K
-    cosine = F.cosine_similarity(outputs.flatten(2).transpose(1, 2).float(), own, dim=2, eps=EPS)
-    return cosine.view(labels.shape)
-
-
-def memory_loss(logits: Tensor, seen: Tensor) -> Tensor:
-    """Cross-entropy of the coarse classifier's logits (K, K) on the memory rows, each its own class; seen rows only."""
-    own = torch.arange(len(seen), device=seen.device)
-    return cross_entropy(logits, torch.where(seen, own, -1))
-
-
-def _rows(features: Tensor) -> Tensor:
-    return features.permute(0, 2, 3, 1).flatten(0, 2)  # B*h*w, d
 
 
 class Classifier(nn.Module):
@@ -226,13 +145,8 @@ class Classifier(nn.Module):
         return self.gamma[:, None, None] * logits + self.delta[:, None, None]
 
 
-def _raw_features(features: Tensor) -> Tensor:
-    """Stands in for a host's ``cls_seg``, so that every host's ``forward`` returns F, whatever it is made of."""
-    return features
-
-
 @functools.cache
-def head_class() -> type[nn.Module]:
+def register() -> type[nn.Module]:
     """The class ``ECACHead`` on mmseg's base, registered in its ``MODELS``; made on the first call.
 
     Raises ``RunError`` where mmsegmentation is not installed or broken.
@@ -274,7 +188,7 @@ def head_class() -> type[nn.Module]:
                 init_cfg=None,
             )
             del self.conv_seg  # the host's is the coarse classifier
-            built.cls_seg = _raw_features
+            built.cls_seg = hosts.as_is
             self.host = built
             self.config = config
             classes, width = built.num_classes, built.channels
@@ -288,7 +202,7 @@ def head_class() -> type[nn.Module]:
 
         def forward(self, inputs: Sequence[Tensor]) -> Tensor:
             """Logits (B, K, h, w) of the student, in training as in evaluation."""
-            features = self.host(inputs)
+            features, _ = hosts.features(self.host, inputs)
             return self._student(features, *self._coarse(features))
 
         def _coarse(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,10 +217,13 @@ def head_class() -> type[nn.Module]:
 
         def loss(self, inputs: Sequence[Tensor], batch_data_samples: Any, train_cfg: Any = None) -> dict[str, Tensor]:
             """Losses by name; in training mode the memory then takes in the batch."""
-            return self.losses(inputs, self._stack_batch_gt(batch_data_samples).squeeze(1))
+            features, extra = hosts.features(self.host, inputs)
+            found: dict[str, Tensor] = self.losses(features, self._stack_batch_gt(batch_data_samples).squeeze(1))
+            found.update(hosts.feature_losses(self.host, extra, batch_data_samples))
+            return found
 
-        def losses(self, inputs: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
-            """Weighted losses by name under labels (B, H, W).
+        def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            """Weighted losses by name of the host's features (B, d, h, w) under labels (B, H, W).
 
             Raises:
                 UsageError: Re-weighting without class frequencies, or a head that was built for inference.
@@ -318,7 +235,6 @@ def head_class() -> type[nn.Module]:
                 raise UsageError("ECAC: this head has no teacher; build it with teacher=True to train it.")
             labels = torch.where(labels == self.ignore_index, -1, labels.long())
             weights = self.weights if config.reweight else None
-            features = self.host(inputs)
             small = F.interpolate(labels[:, None].float(), size=features.shape[2:], mode="nearest")[:, 0].long()
             classified, coarse = self._coarse(features)
             student = self._student(features, classified, coarse)
@@ -346,8 +262,15 @@ def head_class() -> type[nn.Module]:
         def _enlarged(self, logits: Tensor, labels: Tensor) -> Tensor:
             return F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=self.align_corners)
 
-    models.register_module(name="ECACHead", force=True, module=ECACHead)
+    ECACHead.__qualname__ = "ECACHead"  # found by __getattr__ below, so that whole heads can be pickled
+    models.register_module(module=ECACHead)
     return ECACHead
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ECACHead":
+        return register()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _config(switches: dict[str, Any]) -> ECACConfig:
@@ -373,27 +296,15 @@ def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
             del state[key]
 
 
-def head_config(host: str, num_classes: int = hosts.NUM_CLASSES, **switches: Any) -> dict[str, Any]:
-    """A host with ECAC as a config for mmseg's ``MODELS``, every switch written out; see :func:`head_class`.
-
-    Raises ``UsageError`` for an unknown host or switch.
-    """
-    own: dict[str, Any] = {key: switches.pop(key) for key in ("class_frequencies", "teacher") if key in switches}
-    return {"type": "ECACHead", "host": hosts.head_config(host, num_classes), **asdict(_config(switches)), **own}
-
-
-def build_head(host: str, num_classes: int = hosts.NUM_CLASSES, **switches: Any) -> nn.Module:
-    """A host with ECAC and random weights, in evaluation mode and for inference only unless ``teacher=True``.
+def head_config(host: dict[str, Any], **switches: Any) -> dict[str, Any]:
+    """A host's config with ECAC around it for mmseg's ``MODELS``, every switch written out; see :func:`register`.
 
     Args:
-        host: See :func:`ovbench.methods.hosts.host_names`.
-        num_classes: K.
-        **switches: Fields of :class:`ECACConfig`, ``class_frequencies`` and ``teacher``.
+        host: See :func:`ovbench.methods.hosts.head_config`.
+        switches: Fields of :class:`ECACConfig`, ``class_frequencies`` and ``teacher``.
 
     Raises:
-        UsageError: Unknown host or switch.
-        RunError: mmsegmentation is not installed or broken.
+        UsageError: Unknown switch.
     """
-    config = head_config(host, num_classes, **{"teacher": False, **switches})
-    del config["type"]
-    return head_class()(**config).eval()
+    own: dict[str, Any] = {key: switches.pop(key) for key in ("class_frequencies", "teacher") if key in switches}
+    return {"type": "ECACHead", "host": host, **asdict(_config(switches)), **own}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ovbench._version import __version__
 
 if TYPE_CHECKING:
-    from ovbench.evaluate import run
+    from ovbench.evaluate.run import run as run
     from ovbench.segmentor import build_segmentor
 
 __all__ = ["__version__", "build_segmentor", "run"]

@@ -19,9 +19,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +108,17 @@ def import_mmseg() -> Any:
             f"mmsegmentation cannot be imported: {error}. ovbench needs mmsegmentation 1.2.2 with mmcv-lite 2.1 and "
             "mmengine 0.10; install them with 'pip install --force-reinstall ovbench'."
         ) from error
+
+
+@contextmanager
+def quiet_mmengine() -> Iterator[None]:
+    """Keeps mmengine's notices (a line for each initialised parameter) off the terminal; warnings of its logger too."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
 
 
 def has_compiled_ops() -> bool:

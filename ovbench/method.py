@@ -5,6 +5,7 @@ Windows, batching, synonyms, thresholds, resizing, precision and timing live onc
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -48,10 +49,12 @@ class Method(nn.Module):
     Class attributes:
         Config: Frozen dataclass of the method's constants, each with its source beside it.
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
+        MODEL: ``module:Class`` of what puts the method under a protocol.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
+    MODEL: ClassVar[str] = "ovbench.model:OpenVocabModel"
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
@@ -68,16 +71,44 @@ class Method(nn.Module):
         return cls(clip, cls.configure(options or {}))
 
     @classmethod
+    def load(
+        cls,
+        weights: str,
+        arch: str | None,
+        config: Any,
+        *,
+        activation: Any = "auto",
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> Method:
+        """The method with the weights that ``--weights`` names, which are CLIP's unless it says otherwise.
+
+        Args:
+            weights: See :func:`ovbench.backbones.clip_weights.load_clip`, as are arch, activation, seed and device.
+            arch: open_clip architecture, or None.
+            config: The method's constants.
+            activation: ``auto``, ``gelu`` or ``quickgelu`` for weight files.
+            seed: Of random weights.
+            device: Torch device.
+
+        Raises:
+            UsageError: Unknown architecture or tag.
+            WeightsError: The weights cannot be had or do not fit.
+        """
+        from ovbench.backbones.clip_weights import load_clip
+
+        return cls(load_clip(weights, arch, activation=activation, seed=seed, device=device), config)
+
+    @classmethod
+    def model_class(cls) -> Any:
+        """The class of :attr:`MODEL`, which is made with (method, classes, protocol, dtype=, window_batch=, compile_mode=)."""
+        module, _, name = cls.MODEL.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @classmethod
     def configure(cls, options: dict[str, Any]) -> Any:
         """The config with ``options`` over its defaults (strings are converted to the default's type)."""
-        known = {field.name: field for field in fields(cls.Config)}
-        values = {}
-        for name, value in options.items():
-            key = name.replace("-", "_")
-            if key not in known:
-                raise unknown_name(f"option of {cls.__name__}", name, known)
-            values[key] = _convert(key, value, known[key].default)
-        return cls.Config(**values)
+        return configured(cls, options)
 
     @classmethod
     def configure_for(cls, options: dict[str, Any], *, weights: str, demo: bool = False) -> Any:
@@ -123,6 +154,22 @@ class Solver(Method):
             stage: Times a named stage.
         """
         raise NotImplementedError
+
+
+def configured(cls: Any, options: dict[str, Any]) -> Any:
+    """``cls.Config`` with ``options`` over its defaults (strings are converted to the default's type).
+
+    Raises:
+        UsageError: An option that the class does not have, or of the wrong type.
+    """
+    known = {field.name: field for field in fields(cls.Config)}
+    values = {}
+    for name, value in options.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            raise unknown_name(f"option of {cls.__name__}", name, known)
+        values[key] = _convert(key, value, known[key].default)
+    return cls.Config(**values)
 
 
 def _convert(name: str, value: Any, default: Any) -> Any:

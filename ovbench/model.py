@@ -1,40 +1,32 @@
 """The one open-vocabulary segmenter in plain torch: images to cosine logits over words, and to label maps.
 
-Windows of all images of a batch go through the network together. Logits stay at patch resolution: averaging windows,
-upsampling and resizing to the label's size are one pair of small matrices (:mod:`ovbench.ops.assemble`). The result for
-an image does not depend on what else is in the batch: at a fixed ``window_batch`` to the bit (the last batch is padded,
-because matrix kernels change with the shape), else to rounding.
+How images go through the network in windows is in :mod:`ovbench.windowed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.classlist import Classes, class_words
-from ovbench.errors import RunError, UsageError
-from ovbench.method import Method, Solver, Stage, Vocabulary
-from ovbench.ops.assemble import Weights, block_matrix, linear_weights
+from ovbench.errors import UsageError
+from ovbench.method import Method, Solver, Vocabulary
+from ovbench.ops.assemble import Weights, linear_weights
 from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
-from ovbench.ops.patch_logits import PatchLogits, WindowPlan
-from ovbench.ops.windows import Box, patch_padding, starts
+from ovbench.ops.patch_logits import PatchLogits
 from ovbench.spec import DType, Protocol, validated
-from ovbench.text import embed_words, templates
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO_WINDOWS = 32  # windows per forward when window_batch is not set, of 224 x 224 pixels; fewer of larger ones
+from ovbench.text import embed_words, prompts
+from ovbench.windowed import AUTO_WINDOWS, DTYPES, WindowedModel
 
 
-class OpenVocabModel(nn.Module):
+class OpenVocabModel(WindowedModel):
     """A method, a vocabulary and a protocol.
 
     Args:
@@ -48,6 +40,8 @@ class OpenVocabModel(nn.Module):
             the window batch, so that one shape is compiled.
     """
 
+    takes_views = False  # a square and a global view in the protocol
+
     def __init__(
         self,
         method: Method,
@@ -58,13 +52,14 @@ class OpenVocabModel(nn.Module):
         window_batch: int | None = None,
         compile_mode: str = "off",
     ) -> None:
-        super().__init__()
+        if (protocol.square or protocol.global_view) and not self.takes_views:
+            raise UsageError(
+                f"The protocol '{protocol.name}' averages probabilities of views, which is for cat-seg and its kin: choose "
+                "another one, or leave square and global_view away."
+            )
+        window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
+        super().__init__(protocol, patch=method.clip.patch, dtype=dtype, window_batch=window_batch)
         self.method = method
-        self.protocol = protocol
-        self.dtype: DType = dtype
-        self.window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
-        self._auto_batch = AUTO_WINDOWS
-        self.stage: Stage = lambda name: nullcontext()
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
         method.use_precision(DTYPES[dtype])
@@ -73,6 +68,8 @@ class OpenVocabModel(nn.Module):
             raise UsageError(
                 "A solver's scores are no probabilities: prob_thd and area_thd have no meaning. Use --protocol direct-seg."
             )
+        if self.solver:
+            self.network_stage = "logits"
         self.network: Callable[[Tensor, Any], Any] = method.patch_logits
         if self.solver and protocol.mode == "whole":
             self.network = self.solver.patch_logits_and_attention
@@ -85,7 +82,7 @@ class OpenVocabModel(nn.Module):
         self.words = class_words(classes)
         self.query_words = [word for entry in self.words for word in entry]
         owner = [index for index, entry in enumerate(self.words) for _ in entry]
-        text = embed_words(self.clip, self.query_words, templates(self.protocol.templates))
+        text = embed_words(self.clip, self.query_words, prompts(self.protocol.templates))
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("word_class", torch.tensor(owner, device=text.device), persistent=False)
 
@@ -103,6 +100,14 @@ class OpenVocabModel(nn.Module):
     def num_classes(self) -> int:
         """K."""
         return len(self.words)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w), RGB 0..255 on the device, with CLIP's mean and deviation."""
+        return self.clip.normalise(images)
+
+    def run_network(self, batch: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Cosine logits (B, Q, h, w) of a network input (B, 3, H, W), of a solver also its attention."""
+        return self.network(batch, self.text)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -208,103 +213,6 @@ class OpenVocabModel(nn.Module):
         _check_images(image[None])
         with self._precision():
             return self.method.features(self.network_input(image[None]))[0].float()
-
-    @torch.inference_mode()
-    def patch_logits(self, images: Sequence[Tensor], names: Sequence[str] | None = None) -> list[PatchLogits]:
-        """Cosine logits of all windows of each image (3, h, w), at patch resolution."""
-        plans = [self._plan(image) for image in images]
-        parts: list[list[Tensor]] = [[] for _ in images]
-        seen: list[list[Tensor]] = [[] for _ in images]
-        # windows of one size, over all images, in reading order
-        groups: dict[tuple[int, int], list[tuple[int, Box]]] = {}
-        for index, plan in enumerate(plans):
-            groups.setdefault(plan.window, []).extend((index, box) for box in plan.boxes())
-        for window, jobs in groups.items():
-            done = 0
-            while done < len(jobs):
-                some = jobs[done : done + self.step(window)]
-                result = self._attempt(images, some, names)
-                if result is None:  # out of memory: once more with half the windows
-                    continue
-                logits, attention = result
-                done += len(some)
-                for row, (index, _) in enumerate(some):
-                    parts[index].append(logits[row])
-                    if attention is not None:
-                        seen[index].append(attention[row])
-        found = []
-        for image, plan, windows_of_image, attended in zip(images, plans, parts, seen, strict=True):
-            values = block_matrix(torch.stack(windows_of_image), len(plan.tops), len(plan.lefts))
-            grid = (windows_of_image[0].shape[-2], windows_of_image[0].shape[-1])
-            attention = torch.stack(attended) if attended else None
-            found.append(PatchLogits(values, replace(plan, patches=grid), image, attention))
-        return found
-
-    def network_input(self, images: Tensor) -> Tensor:
-        """Images (B, 3, h, w), RGB 0..255, normalised on the device and padded to whole patches where asked for."""
-        batch = self.clip.normalise(images.to(self.device, non_blocking=True))
-        left, right, top, bottom = self._padding(images.shape[-2], images.shape[-1])
-        return F.pad(batch, (left, right, top, bottom)) if left + right + top + bottom else batch
-
-    def step(self, window: tuple[int, int]) -> int:
-        """Windows of this size (h, w) that go through the network in one forward now."""
-        return self.window_batch or max(1, self._auto_batch * 224**2 // max(window[0] * window[1], 224**2))
-
-    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        return patch_padding(height, width, self.clip.patch) if self.protocol.patch_pad == "symmetric" else (0, 0, 0, 0)
-
-    def _plan(self, image: Tensor) -> WindowPlan:
-        p, (h, w) = self.protocol, (int(image.shape[-2]), int(image.shape[-1]))
-        crop, stride = (max(h, w), max(h, w)) if p.mode == "whole" else (p.crop, p.stride)
-        window = (min(crop, h), min(crop, w))
-        left, right, top, bottom = self._padding(*window)
-        return WindowPlan(
-            (h, w), tuple(starts(h, crop, stride)), tuple(starts(w, crop, stride)), window, (top, bottom), (left, right)
-        )
-
-    def _attempt(
-        self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Patch logits (n, Q, h, w) of some windows and the method's attention; None when memory ran out."""
-        try:
-            return self._forward(images, jobs, names)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            short = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-            if not short or self.window_batch or len(jobs) == 1:
-                raise
-        box = jobs[0][1]
-        while self.step((box[2] - box[0], box[3] - box[1])) > max(1, len(jobs) // 2):
-            self._auto_batch -= 1
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
-    def _forward(
-        self, images: Sequence[Tensor], jobs: list[tuple[int, Box]], names: Sequence[str] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        with self.stage("prepare"):
-            crops = torch.stack([images[i][:, top:bottom, left:right] for i, (top, left, bottom, right) in jobs])
-            if self.window_batch and len(jobs) < self.window_batch:
-                crops = torch.cat([crops, crops.new_zeros(self.window_batch - len(jobs), *crops.shape[1:])])
-            batch = self.network_input(crops)
-        with self.stage("logits" if self.solver else "backbone"), self._precision():
-            result = self.network(batch, self.text)
-            logits, attention = result if isinstance(result, tuple) else (result, None)
-            logits = logits[: len(jobs)].float()
-        finite = logits.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            index, box = jobs[int((~finite).nonzero()[0, 0])]
-            name = names[index] if names else f"image {index} of the batch"
-            raise RunError(
-                f"NaN or infinity in the patch logits of {name}, window {box} (stage: backbone, {self.dtype}). "
-                f"{'Try --dtype float32 or bfloat16.' if self.dtype == 'float16' else 'Check the weights file.'}"
-            )
-        return logits, attention
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
 
 
 def _check_images(images: Tensor) -> None:

@@ -29,12 +29,18 @@ from ovbench.errors import OvbenchError, UsageError, unknown_name
 from ovbench.paths import methods_dir
 
 if TYPE_CHECKING:
+    from ovbench.closed_set import ClosedSetMethod
     from ovbench.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
-_BASE = "ovbench.method.Method"
+OPEN_VOCABULARY, CLOSED_SET = "open-vocabulary", "closed-set"  # tracks
+# By class of the base, what a method of it must override one of.
+_BASES = {
+    "ovbench.method.Method": ("features", "patch_logits"),
+    "ovbench.closed_set.ClosedSetMethod": ("model_config",),
+}
 ALIASES = {"clip-kk": "kk"}  # names that papers use
-_TOLD = ("summary", "paper", "protocol")
+_TOLD = ("summary", "paper", "protocol", "track")
 _RECORDED = re.compile(r"\w+:\w+")
 
 
@@ -49,6 +55,7 @@ class MethodInfo:
         summary: One line for ``ovbench list methods``.
         paper: Authors, title or arXiv number.
         protocol: The preset that ``--protocol paper`` means for this method.
+        track: ``open-vocabulary``: any words; ``closed-set``: the classes it was trained on.
         source: The file, for methods that are not part of ovbench.
         source_sha256: Its hash, for the record: no commit of ovbench tells what is in it.
     """
@@ -59,6 +66,7 @@ class MethodInfo:
     summary: str
     paper: str = ""
     protocol: str = "common"
+    track: str = OPEN_VOCABULARY
     source: Path | None = None
     source_sha256: str | None = None
 
@@ -98,9 +106,9 @@ def _methods() -> dict[str, MethodInfo]:
     return dict(sorted(found.items()))
 
 
-def method_names() -> list[str]:
-    """All method ids, sorted; imports no method."""
-    return list(_methods())
+def method_names(track: str | None = OPEN_VOCABULARY) -> list[str]:
+    """The method ids of a track, or with None of all, sorted; imports no method."""
+    return [name for name, info in _methods().items() if track in (None, info.track)]
 
 
 def method_info(name: str) -> MethodInfo:
@@ -127,8 +135,36 @@ def method_info(name: str) -> MethodInfo:
     return methods[name]
 
 
+def closed_set_class(name: str) -> type[ClosedSetMethod]:
+    """The class of a method of the closed-set track; see :func:`method_class`.
+
+    Raises:
+        UsageError: Also for a method of another track.
+    """
+    if method_info(name).track != CLOSED_SET:
+        raise UsageError(f"'{name}' is no closed-set method: see 'ovbench list methods'.")
+    found: Any = class_of(name)
+    return found  # type: ignore[no-any-return]
+
+
 def method_class(name: str) -> type[Method]:
     """The class of a method, its module imported (a file of one's own: run) now.
+
+    Raises:
+        UsageError: No such method, one of the closed-set track, or a file that cannot be run or holds no such method;
+            with file and line.
+        OvbenchError: The module of a registered method does not hold the promised class.
+    """
+    if method_info(name).track == CLOSED_SET:
+        raise UsageError(
+            f"'{name}' is a closed-set method, whose classes are fixed when it is trained: it takes no words."
+        )
+    found: Any = class_of(name)
+    return found  # type: ignore[no-any-return]
+
+
+def class_of(name: str) -> type[Any]:
+    """The class of a method of any track.
 
     Raises:
         UsageError: No such method, or a file that cannot be run or holds no such method; with file and line.
@@ -263,7 +299,7 @@ def _run_file(info: MethodInfo, content: bytes) -> ModuleType:
     return module
 
 
-def _require_method(found: object, info: MethodInfo) -> type[Method]:
+def _require_method(found: object, info: MethodInfo) -> type:
     """The class, if it is a method.
 
     Raises:
@@ -272,12 +308,16 @@ def _require_method(found: object, info: MethodInfo) -> type[Method]:
     what = f"'{info.cls}' in '{info.module}'"
     # by name: importing ovbench.method would load torch for everyone who asks for names
     lineage = found.__mro__ if isinstance(found, type) else ()
-    base = next((cls for cls in lineage if f"{cls.__module__}.{cls.__qualname__}" == _BASE), None)
-    if base is None:
+    bases = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in lineage}
+    name = next((name for name in _BASES if name in bases), None)
+    if name is None:
         raise UsageError(f"{what} is not a method: derive it from ovbench.method.Method and override features().")
-    cls: type[Method] = found  # type: ignore[assignment]
-    if all(getattr(cls, name) is getattr(base, name) for name in ("features", "patch_logits")):
-        raise UsageError(f"{what} does not override features(), which gives a method's dense features.")
+    if name.startswith("ovbench.closed_set") != (info.track == CLOSED_SET):
+        raise UsageError(f"{what} derives from {name}, but its track is '{info.track}': give the right one in METHODS.")
+    cls: type = found  # type: ignore[assignment]
+    if all(getattr(cls, wanted) is getattr(bases[name], wanted) for wanted in _BASES[name]):
+        gives = "gives a method's dense features" if name.endswith(".Method") else "gives the network"
+        raise UsageError(f"{what} does not override {_BASES[name][0]}(), which {gives}.")
     return cls
 
 

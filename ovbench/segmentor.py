@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ovbench.classlist import Classes
+from ovbench.closed_set_weights import build_closed_set_model
 from ovbench.compat import import_mmseg
 from ovbench.errors import RunError, UsageError
-from ovbench.model import OpenVocabModel, build_model
-from ovbench.registry import method_names
+from ovbench.model import build_model
+from ovbench.registry import CLOSED_SET, method_info, method_names
+from ovbench.windowed import WindowedModel
 
 import_mmseg()
 
@@ -47,14 +49,15 @@ class ImageListPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]
 
 @MODELS.register_module()
 class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
-    """An mmseg segmentor around :class:`ovbench.model.OpenVocabModel`.
+    """An mmseg segmentor around :class:`ovbench.model.OpenVocabModel` or another model of ovbench.
 
     Args:
         method: Method id.
         classes: K classes, each a word or a list of words.
         model: A ready model instead of the two above.
         data_preprocessor: Config; the default takes mmseg's BGR images.
-        **options: As :func:`ovbench.model.build_model`.
+        **options: As :func:`ovbench.model.build_model`, for closed-set methods as
+            :func:`ovbench.closed_set_weights.build_closed_set_model`; their classes are names.
     """
 
     method_id: str | None = None
@@ -64,7 +67,7 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
         method: str | None = None,
         classes: Classes | None = None,
         *,
-        model: OpenVocabModel | None = None,
+        model: WindowedModel | None = None,
         data_preprocessor: Any = None,
         init_cfg: Any = None,
         **options: Any,
@@ -76,8 +79,11 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
             name = method or self.method_id
             if name is None or classes is None:
                 raise UsageError("A segmentor needs a method and classes (or a ready model).")
-            model = build_model(name, classes=classes, **_plain(options))
-        self.model = model
+            if method_info(name).track == CLOSED_SET:
+                model, _ = build_closed_set_model(name, classes=list(classes), **_plain(options))  # type: ignore[arg-type]
+            else:
+                model = build_model(name, classes=classes, **_plain(options))
+        self.model: Any = model
         # mmengine sends batches to this device; a module without own parameters would stay on the CPU
         self.data_preprocessor.to(model.device)
         self.eval()
@@ -94,11 +100,13 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
 
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Cosine logits (B, Q, H, W), float32, of RGB images (B, 3, h, w); see :meth:`OpenVocabModel.seg_logits`."""
-        return self.model.seg_logits(images, size)
+        logits: Tensor = self.model.seg_logits(images, size)
+        return logits
 
     def predict_labels(self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Label maps (H, W), int64, of RGB images; see :meth:`OpenVocabModel.predict_labels`."""
-        return self.model.predict_labels(images, sizes)
+        labels: list[Tensor] = self.model.predict_labels(images, sizes)
+        return labels
 
     def predict(self, inputs: Any, data_samples: Any = None) -> list[Any]:
         """Data samples with ``pred_sem_seg`` (1, H, W) at each image's original size (``ori_shape``)."""
@@ -129,7 +137,7 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
         raise RunError(f"{self.method_id or type(self).__name__} is training-free: there is no loss to train with.")
 
 
-for _name in method_names():
+for _name in method_names(None):
     MODELS.register_module(name=_name, module=type(f"Segmentor[{_name}]", (OpenVocabSegmentor,), {"method_id": _name}))
 
 

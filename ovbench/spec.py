@@ -19,6 +19,12 @@ from ovbench.paths import config_dir
 
 Mode = Literal["slide", "whole"]
 DType = Literal["float32", "bfloat16", "float16"]
+ADDED_LATER = (
+    "scales",
+    "flip",
+    "square",
+    "global_view",
+)  # fields of Protocol that the first released records do not have
 
 
 class Protocol(BaseModel):
@@ -59,10 +65,36 @@ class Protocol(BaseModel):
     )
     pamr: int = Field(0, ge=0, description="iterations of PAMR on the logits at the input's size; 0 = off")
     pamr_dilations: tuple[int, ...] = Field((8, 16), description="dilations of PAMR's neighbourhoods in pixels")
+    scales: tuple[float, ...] = Field(
+        (1.0,), description="factors on short_side and long_side; probabilities of several are averaged (closed-set)"
+    )
+    flip: bool = Field(False, description="average with the mirrored image's probabilities (closed-set)")
+    square: int = Field(
+        0,
+        ge=0,
+        description="side of the square that an image is resized to before windows are taken; 0 = off (cat-seg)",
+    )
+    global_view: bool = Field(
+        False,
+        description="average the windows' probabilities with those of the whole image at the crop's size (cat-seg)",
+    )
     wording: str = Field("sclip", description="named class word list of the benchmark")
     wording_sha256: str | None = Field(None, description="hash of the words used; filled in by the run")
-    templates: str = Field("imagenet80", description="prompt templates: imagenet80, plain, or a file's name")
-    templates_sha256: str | None = Field(None, description="hash of the templates used; filled in by the run")
+    templates: str = Field(
+        "imagenet80",
+        description="how words become sentences: imagenet80, plain, lsmseg[:attributes], or a file of templates or "
+        "descriptions",
+    )
+    templates_sha256: str | None = Field(
+        None, description="hash of the templates, or of the words' sentences; filled in by the run"
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_are_factors(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0 or len(set(value)) != len(value):
+            raise ValueError("give at least one factor, each above 0 and once, e.g. 0.5,1,1.5")
+        return value
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Protocol:
@@ -186,8 +218,16 @@ class RunSpec(BaseModel):
         return self
 
     def spec_hash(self) -> str:
-        """sha256 over the canonical JSON of all fields: equal hashes are the same run."""
-        return sha256_of(self.model_dump(mode="json"))
+        """sha256 over the canonical JSON of all fields: equal hashes are the same run.
+
+        Fields of the protocol that came later count only where they differ from their default, which is what was done
+        before they existed: so a run keeps its hash.
+        """
+        content = self.model_dump(mode="json")
+        for name in ADDED_LATER:
+            if getattr(self.protocol, name) == Protocol.model_fields[name].default:
+                del content["protocol"][name]
+        return sha256_of(content)
 
 
 def validated(model: type[Any], fields: dict[str, Any]) -> Any:

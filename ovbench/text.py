@@ -1,7 +1,8 @@
-"""Words to text embeddings: prompt templates, a short-context text forward, and a cache keyed by content.
+"""Words to text embeddings: prompts, a short-context text forward, and a cache keyed by content.
 
-A class word is put into every template; each prompt's embedding is L2-normalised, the mean over templates is taken and
-normalised again (CLIP's zero-shot recipe).
+A class word becomes sentences: it is put into templates, or its descriptions are looked up (:mod:`ovbench.prompts`).
+Each sentence's embedding is L2-normalised, the mean over the word's sentences is taken and normalised again (CLIP's
+zero-shot recipe).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,67 @@ from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir
+from ovbench.prompts import Prompts, described
 
 PROMPTS_PER_BATCH = 256  # fixed, so that an embedding never depends on free memory
 _memory: dict[str, Tensor] = {}
 
 
+@dataclass(frozen=True)
+class Templates:
+    """The same sentences for every word: a :class:`ovbench.prompts.Prompts`.
+
+    Attributes:
+        texts: Strings with one ``{}`` each, the place of the word.
+    """
+
+    texts: tuple[str, ...]
+
+    def sentences(self, words: Sequence[str]) -> list[list[str]]:
+        """Each word in every template."""
+        return [[text.replace("{}", word) for text in self.texts] for word in words]
+
+    def sha256(self, words: Sequence[str]) -> str:
+        """The hash of the templates alone, whichever the words."""
+        return sha256_of(list(self.texts))
+
+
+def prompts(name: str) -> Prompts:
+    """How words become sentences, by the name in ``Protocol.templates``.
+
+    Args:
+        name: ``imagenet80``, ``plain`` or ``name`` (the word alone), ``lsmseg``, a JSON file of descriptions, either
+            with ``:ATTRIBUTES`` behind it or not, or a text file with one template per line.
+
+    Raises:
+        UsageError: No such name, file or attribute.
+        DataError: A JSON file that is not in the format.
+    """
+    return described(name) or Templates(tuple(templates(name)))
+
+
 def templates(name: str) -> list[str]:
-    """Prompt templates with one ``{}`` each: ``imagenet80``, ``plain`` (the word alone), or a file's lines.
+    """Prompt templates with one ``{}`` each, by name, or a file's lines.
+
+    Names: ``imagenet80``, ``cat-seg``, ``plain`` or ``name`` (the word alone).
 
     Raises:
         UsageError: No such file, or a line without ``{}``.
     """
-    if name == "plain":
+    if name in ("plain", "name"):
         return ["{}"]
+    if name == "cat-seg":  # PROMPT_ENSEMBLE_TYPE "single" of its code
+        return ["A photo of a {} in the scene"]
     if name == "imagenet80":
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
         return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UsageError(f"Unknown templates '{name}': give imagenet80, plain, or a file with one template per line.")
+        raise UsageError(
+            f"Unknown prompts '{name}': give imagenet80, plain, lsmseg, lsmseg:ATTRIBUTE+ATTRIBUTE, a .json file of "
+            "descriptions, or a file with one template per line."
+        )
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     bad = next((line for line in lines if line.count("{}") != 1), None)
     if bad is not None or not lines:
@@ -49,25 +92,31 @@ def templates(name: str) -> list[str]:
     return lines
 
 
-def embed_words(clip: DenseCLIP, words: Sequence[str], prompt_templates: Sequence[str]) -> Tensor:
+def embed_words(clip: DenseCLIP, words: Sequence[str], prompts: Prompts | Sequence[str]) -> Tensor:
     """Text embeddings (Q, D), float32, L2-normalised, of class words; cached in memory and on disk by content.
 
-    The cache key holds the weights' hash, the activation, every word and template, and the kind of device: two
-    vocabularies can never share an entry by their name.
+    The cache key holds the weights' hash, the activation, every word with its sentences, and the kind of device: two
+    vocabularies can never share an entry by their name, nor can a changed description.
 
     Args:
         clip: The model whose text tower is used; embeddings are made on its device.
         words: Q class words.
-        prompt_templates: Strings with ``{}``.
+        prompts: How they become sentences, or templates with ``{}``.
+
+    Raises:
+        UsageError: A word has no sentence, or one that is too long for the text tower.
     """
+    if isinstance(prompts, Sequence):
+        prompts = Templates(tuple(prompts))
     device = next(clip.parameters()).device
+    sentences = prompts.sentences(words)
     key = sha256_of(
         [
             clip.weights_sha256,
             clip.arch,
             clip.activation,
             list(words),
-            list(prompt_templates),
+            sentences,
             device.type,
             torch.__version__,
         ]
@@ -76,7 +125,7 @@ def embed_words(clip: DenseCLIP, words: Sequence[str], prompt_templates: Sequenc
         path = cache_dir() / "text" / f"{key}.safetensors"
         cached = _read(path, (len(words), clip.embed_dim))
         if cached is None:
-            cached = _embed(clip, words, prompt_templates).cpu()
+            cached = _embed(clip, words, sentences).cpu()
             _write(path, cached)
         _memory[key] = cached
     return _memory[key].to(device)
@@ -106,20 +155,45 @@ def _write(path: Path, embeddings: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _embed(clip: DenseCLIP, words: Sequence[str], prompt_templates: Sequence[str]) -> Tensor:
+def _embed(clip: DenseCLIP, words: Sequence[str], sentences: Sequence[Sequence[str]]) -> Tensor:
     device = next(clip.parameters()).device
-    unique = list(dict.fromkeys(words))
-    prompts = [template.replace("{}", word) for word in unique for template in prompt_templates]
-    tokens = clip.tokenizer(prompts)  # (n, context)
+    of_word = dict(zip(words, sentences, strict=True))
+    texts = [text for group in of_word.values() for text in group]
+    tokens = clip.tokenizer(texts)  # (n, context)
     lengths = (tokens != 0).sum(dim=1)
+    _require_short(clip, of_word, texts, tokens)
     order = torch.argsort(lengths, stable=True)
-    out = torch.empty(len(prompts), clip.embed_dim)
+    out = torch.empty(len(texts), clip.embed_dim)
     for rows in order.split(PROMPTS_PER_BATCH):
         features = encode_tokens(clip.clip, tokens[rows].to(device), int(lengths[rows].max()))
         out[rows] = F.normalize(features.float(), dim=-1).cpu()
-    mean = F.normalize(out.view(len(unique), len(prompt_templates), -1).mean(dim=1), dim=-1)
-    place = {word: row for row, word in enumerate(unique)}
+    groups = out.split([len(group) for group in of_word.values()])
+    mean = F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+    place = {word: row for row, word in enumerate(of_word)}
     return mean[[place[word] for word in words]].clone()
+
+
+def _require_short(clip: DenseCLIP, of_word: dict[str, Sequence[str]], texts: Sequence[str], tokens: Tensor) -> None:
+    """Nothing, if the tokenizer has cut no text: ``tokens`` (n, context) are those of ``texts``.
+
+    Raises:
+        UsageError: It has; the message names the class.
+    """
+    context = tokens.shape[1]
+    rows = (tokens[:, -1] != 0).nonzero().flatten().tolist()
+    if not rows:
+        return
+    tokenizer: Any = clip.tokenizer  # of open_clip: given one place more, it changes only what was cut
+    longer = tokenizer([texts[row] for row in rows], context_length=context + 1)[:, :context]
+    is_cut = (longer != tokens[rows]).any(dim=1).tolist()
+    cut = {texts[row] for row, wrong in zip(rows, is_cut, strict=True) if wrong}
+    for word, group in of_word.items():
+        for text in group:
+            if text in cut:
+                raise UsageError(
+                    f"The prompt of the class '{word}' has more than the {context} tokens that the text encoder of "
+                    f"{clip.arch} reads: '{text}'. Shorten it, or say fewer attributes (--prompts lsmseg:size+shape)."
+                )
 
 
 def encode_tokens(model: Any, tokens: Tensor, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 
 from ovbench import benchmarks
-from ovbench.benchmarks import labels
-from ovbench.errors import DataError
+from ovbench.benchmarks import Benchmark, labels
+from ovbench.errors import DataError, UsageError
 
-EIGHT = benchmarks.names()
+ALL = benchmarks.names()
 
 
 def _make(root: Path, name: str, stems: tuple[str, ...] = ("a", "b")) -> Path:
     """Empty files in the layout of a benchmark."""
-    layout = benchmarks.get(name).layout
+    return _make_split(root, benchmarks.get(name), stems)
+
+
+def _make_split(root: Path, benchmark: Benchmark, stems: tuple[str, ...]) -> Path:
+    layout = benchmark.layout
     for stem in stems:
         for relative in (layout.image(stem), layout.label(stem)):
             (root / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +33,7 @@ def _make(root: Path, name: str, stems: tuple[str, ...] = ("a", "b")) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_root_is_found_at_every_customary_place(name: str, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     for number, home in enumerate(benchmark.layout.homes):
@@ -40,7 +45,7 @@ def test_root_is_found_at_every_customary_place(name: str, tmp_path: Path) -> No
             assert [pair.stem for pair in benchmark.pairs(start)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_root_is_found_from_inside(name: str, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     root = _make(tmp_path / "data", name)
@@ -78,7 +83,7 @@ def test_the_same_copy_under_a_link_is_one_copy(tmp_path: Path) -> None:
     assert benchmarks.get("ade20k").resolve_root(tmp_path).resolve() == root.resolve()
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_missing_and_empty_folders_are_explained(name: str, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     with pytest.raises(DataError, match=rf"'.*nowhere' does not exist.*--data-root.*ovbench data synth {name}"):
@@ -92,13 +97,13 @@ def test_missing_and_empty_folders_are_explained(name: str, tmp_path: Path) -> N
         benchmark.resolve_root(tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_labels_of_another_kind_are_named(name: str, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     root = _make(tmp_path, name)
-    for path in list((root / benchmark.layout.label_dir).rglob("*.png")):
+    for path in list((root / benchmark.layout.label_dir).rglob(f"*{benchmark.layout.label_suffix}")):
         path.rename(path.with_suffix(".mat"))
-    with pytest.raises(DataError, match=r"incomplete: no \*.*\.png in .*there is '.*\.mat'\)"):
+    with pytest.raises(DataError, match=r"incomplete: no \*.*\.(png|tif) in .*there is '.*\.mat'\)"):
         benchmark.resolve_root(tmp_path)
 
 
@@ -129,12 +134,12 @@ def test_pairs_without_a_list_are_sorted_by_whole_path_and_skip_hidden_files(tmp
     assert [pair.stem for pair in benchmarks.get("coco_stuff").pairs(root)] == ["a-1", "a", "b", "deep/er/c"]
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_missing_files_are_counted_and_named(name: str, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     root = _make(tmp_path, name, ("a", "b", "c"))
     (root / benchmark.layout.label("b")).unlink()
-    with pytest.raises(DataError, match=r"1 of 3 label files are missing.*b.*\.png"):
+    with pytest.raises(DataError, match=r"1 of 3 label files are missing.*b.*\.(png|tif)"):
         benchmark.pairs(root)
     if benchmark.layout.split_file:
         (root / benchmark.layout.image("c")).unlink()
@@ -185,6 +190,51 @@ def test_fingerprint_follows_names_sizes_order_and_benchmark(tmp_path: Path) -> 
     assert first != voc21.fingerprint(root)
 
 
+@pytest.mark.parametrize("name", benchmarks.with_split())
+def test_the_training_split_has_images_and_labels_of_its_own(name: str, tmp_path: Path) -> None:
+    val = benchmarks.get(name)
+    train = val.for_split("train")
+    assert (val.split, train.split) == ("val", "train") and train.for_split("val") == val == val.for_split("val")
+    assert train.expected_images > val.expected_images or name == "context59"
+    assert (train.num_classes, train.words("plain")) == (val.num_classes, val.words("plain"))
+    root = _make(tmp_path, name, ("a", "b"))
+    with pytest.raises(DataError, match=rf"{name} data in .*incomplete|No {name} data in"):
+        train.pairs(root)
+    before = val.fingerprint(root)
+    _make_split(tmp_path, train, ("c", "d", "e"))
+    assert [pair.stem for pair in val.pairs(root)] == ["a", "b"] and val.fingerprint(root) == before
+    assert [pair.stem for pair in train.pairs(root)] == ["c", "d", "e"]
+    assert train.fingerprint(root) != before
+    (root / train.layout.label("d")).unlink()
+    with pytest.raises(DataError, match=r"1 of 3 label files are missing"):
+        train.pairs(root)
+
+
+def test_equal_files_in_another_split_are_other_data(tmp_path: Path) -> None:
+    """The fingerprint of a training split is not that of the same names and sizes in validation."""
+    val = benchmarks.get("ade20k")
+    train = val.for_split("train")
+    root = _make_split(_make(tmp_path, "ade20k"), train, ("a", "b"))
+    assert [pair.stem for pair in val.pairs(root)] == [pair.stem for pair in train.pairs(root)]
+    assert val.fingerprint(root) != train.fingerprint(root)
+
+
+def test_fingerprints_of_validation_are_those_of_earlier_records(tmp_path: Path) -> None:
+    root = _make(tmp_path, "ade20k")
+    (root / benchmarks.get("ade20k").layout.label("b")).write_bytes(b"longer")
+    known = "ade20k\n1\na\t0\t0\nb\t0\t6\n"
+    assert benchmarks.get("ade20k").fingerprint(root) == hashlib.sha256(known.encode()).hexdigest()
+
+
+def test_a_split_that_is_not_there_is_explained() -> None:
+    with pytest.raises(UsageError, match=r"voc21 has no training split here\. .*context59, coco_stuff, ade20k"):
+        benchmarks.get("voc21").for_split("train")
+    with pytest.raises(UsageError, match=r"Unknown split 'test'"):
+        benchmarks.get("ade20k").for_split("test")
+    assert benchmarks.with_split("val") == ALL
+    assert benchmarks.with_split() == ["context59", "coco_stuff", "ade20k", "coco_stuff10k"]
+
+
 def test_train_ids_with_and_without_a_reduced_zero() -> None:
     raw = np.array([[0, 1, 2], [19, 20, 255]], np.uint8)
     assert benchmarks.get("voc21").to_train_ids(raw).tolist() == raw.tolist()
@@ -211,6 +261,30 @@ def test_sixteen_bit_ids_above_255_are_refused_instead_of_wrapped() -> None:
     with pytest.raises(DataError, match=r"values 0\.\.26001.*instance ids"):
         benchmarks.get("cityscapes").to_train_ids(np.array([[0, 26001]], np.uint16))
     assert benchmarks.get("cityscapes").to_train_ids(np.array([[0, 18]], np.uint16)).tolist() == [[0, 18]]
+
+
+def test_sixteen_bit_benchmarks_keep_ids_above_255() -> None:
+    ade = benchmarks.get("ade847")
+    assert ade.wide and ade.ignore_index == 65535 and not benchmarks.get("ade20k").wide
+    raw = np.array([[0, 255, 256, 846, 65535]], np.uint16)
+    ids = ade.to_train_ids(raw)
+    assert ids.dtype == np.uint16 and ids.tolist() == raw.tolist()
+    ade.require_in_range(ids, "fine.tif")
+    with pytest.raises(
+        DataError, match=r"holds the ids 847, 65534, which ade847 does not have \(classes are 0\.\.846\)"
+    ):
+        ade.require_in_range(ade.to_train_ids(np.array([[846, 847, 65534]], np.int32)), "wrong.tif")
+    with pytest.raises(DataError, match=r"values 0\.\.65536, but ids are 0\.\.65535"):
+        ade.to_train_ids(np.array([[0, 65536]], np.int32))
+
+
+def test_the_background_of_voc20b_is_its_last_class() -> None:
+    voc = benchmarks.get("voc20b")
+    raw = np.array([[0, 1, 20, 21, 255]], np.uint8)
+    assert voc.to_train_ids(raw).tolist() == [[20, 0, 19, 21, 255]]
+    assert voc.stored_ids == (*range(1, 21), 0)
+    with pytest.raises(DataError, match=r"holds the ids 21, which voc20b does not have \(classes are 0\.\.20\)"):
+        voc.require_in_range(voc.to_train_ids(raw), "wrong.png")
 
 
 def test_id_ranges() -> None:

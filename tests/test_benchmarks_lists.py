@@ -19,6 +19,8 @@ from ovbench.errors import DataError, UsageError
 from ovbench.paths import config_dir
 
 EIGHT = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
+MORE = ("coco_stuff10k", "ade847", "context459", "voc20b")
+ALL = (*EIGHT, *MORE)
 
 # id -> (classes, official images, background class, 0 ignored), as the evaluation protocol has them
 PROTOCOL = {
@@ -30,7 +32,12 @@ PROTOCOL = {
     "coco_stuff": (171, 5000, False, False),
     "cityscapes": (19, 500, False, False),
     "ade20k": (150, 2000, False, True),
+    "coco_stuff10k": (171, 1000, False, True),
+    "ade847": (847, 2000, False, False),
+    "context459": (459, 5104, False, False),
+    "voc20b": (21, 1449, False, False),
 }
+TRAIN = {"ade20k": 20210, "context59": 4998, "coco_stuff": 118287, "coco_stuff10k": 9000}
 
 
 def _shared_classes() -> Path:
@@ -41,10 +48,17 @@ def _shared_classes() -> Path:
 
 
 def test_the_eight_are_there_in_the_order_of_papers() -> None:
-    assert tuple(benchmarks.names()) == EIGHT
+    assert tuple(benchmarks.names("eight")) == EIGHT
+    assert tuple(benchmarks.names()) == ALL
+    assert benchmarks.names("large-vocabulary") == ["ade847", "context459", "voc20b"]
+    assert benchmarks.names("closed-set") == ["coco_stuff10k"]
 
 
-@pytest.mark.parametrize("name", EIGHT)
+def test_training_splits_have_their_official_sizes() -> None:
+    assert {name: benchmarks.get(name).for_split("train").expected_images for name in benchmarks.with_split()} == TRAIN
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_definition_is_that_of_the_protocol(name: str) -> None:
     benchmark = benchmarks.get(name)
     given = (
@@ -54,7 +68,7 @@ def test_definition_is_that_of_the_protocol(name: str) -> None:
         benchmark.reduce_zero_label,
     )
     assert given == PROTOCOL[name]
-    assert benchmark.ignore_index == 255
+    assert benchmark.ignore_index == (65535 if benchmark.num_classes > 255 else 255)
     assert len(benchmark.class_names) == len(set(benchmark.class_names)) == benchmark.num_classes
     assert (benchmark.class_names[0] == "background") is benchmark.has_background
     assert all(label == label.strip() for label in benchmark.class_names)
@@ -62,16 +76,18 @@ def test_definition_is_that_of_the_protocol(name: str) -> None:
     assert len(set(benchmark.palette)) == len(benchmark.palette) == benchmark.num_classes
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_every_wording_has_words_for_every_class(name: str) -> None:
     benchmark = benchmarks.get(name)
-    assert benchmark.wordings[0] == "sclip"
-    assert {"clearclip", "proxyclip", "plain"} <= set(benchmark.wordings)
+    if name in EIGHT:
+        assert benchmark.wordings[0] == "sclip"
+        assert {"clearclip", "proxyclip", "plain"} <= set(benchmark.wordings)
     for wording in benchmark.wordings:
         words = benchmark.words(wording)
         assert len(words) == benchmark.num_classes
         assert all(entry and all(word.strip() for word in entry) for entry in words)
-    assert benchmark.words("plain") == [[label] for label in benchmark.class_names]
+    if "plain" in benchmark.wordings:
+        assert benchmark.words("plain") == [[label] for label in benchmark.class_names]
 
 
 @pytest.mark.parametrize("name", EIGHT)
@@ -86,6 +102,32 @@ def test_wordings_are_the_published_ones(name: str, wording: str) -> None:
 def test_spaced_wordings_are_the_published_ones(name: str) -> None:
     published = json.loads((_shared_classes() / f"{name}_spaced.json").read_text(encoding="utf-8"))
     assert benchmarks.get(name).words("spaced") == [[entry.split(",")[0]] for entry in published]
+
+
+def test_words_of_the_large_vocabularies_are_the_published_ones() -> None:
+    published = {name: json.loads((_shared_classes() / f"{name}.json").read_text()) for name in MORE[1:]}
+    synonyms = [[word.strip() for word in entry.split(",")] for entry in published["ade847"]]
+    assert benchmarks.get("ade847").words("synonyms") == synonyms
+    assert benchmarks.get("ade847").words("spaced") == [words[:1] for words in synonyms]
+    assert benchmarks.get("context459").words("spaced") == [[word] for word in published["context459"]]
+    voc20b = benchmarks.get("voc20b")
+    # 59 names are predicted; the 39 that VOC has not all count as the background.
+    assert [word for words in voc20b.words("spaced") for word in words] == published["voc20b"]
+    assert [len(words) for words in voc20b.words("spaced")] == [1] * 20 + [39]
+    assert voc20b.class_names[:20] == benchmarks.get("voc20").class_names and voc20b.class_names[20] == "background"
+    assert set(published["voc20b"][20:]) <= set(benchmarks.get("context59").class_names)
+    assert benchmarks.get("voc20").words("spaced") == voc20b.words("spaced")[:20]
+
+
+def test_both_releases_of_coco_stuff_have_the_same_classes_and_words() -> None:
+    small, large = benchmarks.get("coco_stuff10k"), benchmarks.get("coco_stuff")
+    assert (small.class_names, small.palette) == (large.class_names, large.palette)
+    assert all(small.words(wording) == large.words(wording) for wording in small.wordings)
+
+
+def test_names_that_two_classes_of_ade847_share_get_their_synonyms() -> None:
+    names = benchmarks.get("ade847").class_names
+    assert {"bag", "bag, traveling bag", "bag, handbag"} <= set(names) and "building" in names
 
 
 def test_word_quirks_that_move_scores() -> None:
@@ -116,7 +158,7 @@ def test_changing_returned_words_does_not_change_the_benchmark() -> None:
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(
-        UsageError, match=r"Unknown dataset 'voc'\. Did you mean: voc20, voc21\?.*ovbench list datasets"
+        UsageError, match=r"Unknown dataset 'voc'\. Did you mean: voc20, voc21, voc20b\?.*ovbench list datasets"
     ):
         benchmarks.get("voc")
     with pytest.raises(UsageError, match=r"Unknown wording of voc21 'sclipp'\. Did you mean: sclip"):
@@ -125,14 +167,14 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 def test_importing_and_reading_needs_no_heavy_package() -> None:
     code = (
-        "import sys; from ovbench import benchmarks; [benchmarks.get(n).words('sclip') for n in benchmarks.names()];"
+        "import sys; from ovbench import benchmarks; [benchmarks.get(n).words('spaced') for n in benchmarks.names('large-vocabulary')];"
         "print([m for m in ('torch', 'mmengine', 'mmcv', 'mmseg', 'cv2', 'PIL') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_configs_are_plain_data(name: str) -> None:
     source = (config_dir() / f"{name}.py").read_text(encoding="utf-8")
     assert not re.search(r"\b(import|lambda|def|for|if)\b.*:$|^\s*(import|from)\b", source, re.MULTILINE)
@@ -179,6 +221,27 @@ def test_a_broken_config_names_all_its_faults() -> None:
         config.validate_config(values, "voc21.py")
     for part in ("unknown section 'extra'", "benchmark.title is missing", "reduce_zero_label is 'no'", "synth.colour"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "change", "message"),
+    [
+        ("voc20b", "dataset", {"raw_ids": [1, 2, 0]}, r"raw_ids must order 0\.\.20"),
+        ("voc20b", "dataset", {"raw_ids": [0] * 21}, r"dataset\.raw_ids is \[0, 0"),
+        ("voc20b", "dataset", {"reduce_zero_label": True}, "cannot be combined with reduce_zero_label"),
+        ("ade847", "dataset", {"reduce_zero_label": True}, "16-bit labels .* are read as they are"),
+        ("ade847", "dataset", {"ignore_index": 254}, r"dataset\.ignore_index is 254"),
+        ("ade20k", "dataset", {"ignore_index": 65535, "reduce_zero_label": False}, "not trained on"),
+        ("ade20k", "train", {"expected_images": 0}, r"train\.expected_images is 0"),
+        ("ade20k", "train", {"pattern": "x"}, r"unknown key train\.pattern"),
+    ],
+)
+def test_contradictions_in_a_config_are_named(name: str, section: str, change: dict[str, Any], message: str) -> None:
+    values = config.read_config(config_dir() / f"{name}.py")
+    config.validate_config(values, name)
+    values[section] |= change
+    with pytest.raises(DataError, match=message):
+        config.validate_config(values, name)
 
 
 @pytest.mark.parametrize(
@@ -237,4 +300,4 @@ def test_adding_a_benchmark_takes_a_config_and_a_word_list(tmp_path: Path, monke
         monkeypatch.undo()
         benchmarks._configs.cache_clear()
         benchmarks.get.cache_clear()
-    assert tuple(benchmarks.names()) == EIGHT
+    assert tuple(benchmarks.names()) == ALL

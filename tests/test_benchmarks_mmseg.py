@@ -16,7 +16,7 @@ from ovbench.benchmarks.synth import synth
 from ovbench.errors import DataError
 from ovbench.paths import config_dir
 
-EIGHT = benchmarks.names()
+ALL = benchmarks.names()
 IMAGES = 4
 
 
@@ -32,7 +32,7 @@ def build() -> Any:
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated copies of all benchmarks, each in a folder of its name."""
     out = tmp_path_factory.mktemp("copies")
-    for name in EIGHT:
+    for name in ALL:
         synth(name, out / name, images=IMAGES)
     return out
 
@@ -44,13 +44,14 @@ def _shared_data() -> Path:
     return shared / "data"
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_dataset_reads_the_same_pairs_and_labels(name: str, copies: Path, build: Any) -> None:
     benchmark = benchmarks.get(name)
     pairs = benchmark.pairs(copies)
     dataset = build(benchmark, copies, short_side=100, long_side=120)
     assert len(dataset) == len(pairs) == IMAGES
-    assert dataset.label_map is None
+    order = {old: new for new, old in enumerate(benchmark.raw_ids)}
+    assert (dataset.label_map or {}) == order  # mmseg renumbers nothing but voc20b
     assert [label.strip() for label in dataset.metainfo["classes"]] == list(benchmark.class_names)
     assert dataset.reduce_zero_label is benchmark.reduce_zero_label
     for pair, packed in zip(pairs, dataset, strict=True):
@@ -74,19 +75,20 @@ def test_short_side_zero_leaves_the_image_as_it_is(copies: Path, build: Any) -> 
     assert packed["data_samples"].img_shape == packed["data_samples"].ori_shape == (448, 336)
 
 
-@pytest.mark.parametrize("name", EIGHT)
-def test_annotations_rule_is_ours_for_all_256_values(name: str, tmp_path: Path, build: Any) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_annotations_rule_is_ours_for_all_values(name: str, tmp_path: Path, build: Any) -> None:
     """``LoadAnnotations`` as the dataset's own pipeline has it, on a label with every value in it."""
     benchmark = benchmarks.get(name)
     root = synth(name, tmp_path, images=1)
     pair = benchmark.pairs(root)[0]
-    raw = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    values = benchmark.ignore_index + 1
+    raw = np.arange(values).astype(np.uint16 if benchmark.wide else np.uint8).reshape(16, -1)
     Image.fromarray(raw).save(pair.label)
     loaded = build(benchmark, root)[0]["data_samples"].gt_sem_seg.data[0].numpy()
     assert np.array_equal(benchmark.to_train_ids(raw), loaded)
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_metric_of_mmseg_knows_the_classes(name: str, copies: Path, build: Any) -> None:
     """The truth as prediction overlaps fully in every class that occurs, and no other class is counted."""
     import torch
@@ -95,14 +97,15 @@ def test_metric_of_mmseg_knows_the_classes(name: str, copies: Path, build: Any) 
 
     benchmark = benchmarks.get(name)
     dataset = build(benchmark, copies)
-    metric = IoUMetric(iou_metrics=["mIoU"])
+    ignored = benchmark.ignore_index
+    metric = IoUMetric(iou_metrics=["mIoU"], ignore_index=ignored)
     metric.dataset_meta = dataset.metainfo
     present: set[int] = set()
     for index in range(2):
         sample = dataset[index]["data_samples"]
         truth = sample.gt_sem_seg.data
-        present |= set(torch.unique(truth).tolist()) - {255}
-        sample.pred_sem_seg = PixelData(data=torch.where(truth == 255, 0, truth))
+        present |= set(torch.unique(truth).tolist()) - {ignored}
+        sample.pred_sem_seg = PixelData(data=torch.where(truth == ignored, 0, truth))
         metric.process({}, [sample.to_dict()])
     intersect, union = (sum(result[i] for result in metric.results) for i in range(2))
     assert len(intersect) == benchmark.num_classes
@@ -110,7 +113,7 @@ def test_metric_of_mmseg_knows_the_classes(name: str, copies: Path, build: Any) 
     assert {int(i) for i in torch.nonzero(union)} == present
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_mmengine_reads_the_same_config(name: str) -> None:
     from mmengine.config import Config
 
@@ -118,7 +121,7 @@ def test_mmengine_reads_the_same_config(name: str) -> None:
     assert Config.fromfile(path).to_dict() == read_config(path)
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_incomplete_data_is_a_clear_error_before_mmseg_asserts(name: str, tmp_path: Path, build: Any) -> None:
     benchmark = benchmarks.get(name)
     with pytest.raises(DataError, match=f"No {name} data"):
@@ -129,8 +132,38 @@ def test_incomplete_data_is_a_clear_error_before_mmseg_asserts(name: str, tmp_pa
         build(benchmark, root)
 
 
+@pytest.mark.parametrize("name", benchmarks.with_split())
+def test_training_images_go_through_a_given_pipeline(name: str, tmp_path: Path, build: Any) -> None:
+    """Images and labels of the training split, cut and turned together."""
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import DATASETS
+
+    root = synth(name, tmp_path, images=1, train_images=3, size=(64, 96))
+    benchmark = benchmarks.get(name).for_split("train")
+    pipeline: list[dict[str, Any]] = [
+        {"type": "LoadImageFromFile"},
+        {"type": "mmseg.LoadAnnotations"},
+        {"type": "mmseg.RandomCrop", "crop_size": (40, 40)},
+        {"type": "mmseg.PackSegInputs"},
+    ]
+    cfg = benchmark.dataset_cfg(root, pipeline=pipeline)
+    assert cfg["test_mode"] is False
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        dataset = DATASETS.build(cfg)
+    pairs = benchmark.pairs(root)
+    assert len(dataset) == len(pairs) == 3
+    for pair, sample in zip(pairs, dataset, strict=True):
+        assert sample["data_samples"].img_path == str(pair.image)
+        label = sample["data_samples"].gt_sem_seg.data[0].numpy()
+        assert sample["inputs"].shape[1:] == label.shape == (40, 40)
+        assert set(np.unique(label)) <= set(np.unique(benchmark.load_label(pair.label)))
+    assert len(build(benchmark, root)) == 3  # and through the evaluation's transforms
+    assert len(build(benchmark.for_split("val"), root)) == 1
+
+
 @pytest.mark.parametrize(
-    ("name", "count"), [("voc21", 100), ("voc20", 100), ("coco_object", 80), ("coco_stuff", 8), ("ade20k", 9)]
+    ("name", "count"),
+    [("voc21", 100), ("voc20", 100), ("coco_object", 80), ("coco_stuff", 8), ("ade20k", 9), ("voc20b", 100)],
 )
 def test_real_files_read_as_mmseg_reads_them(name: str, count: int, build: Any) -> None:
     data = _shared_data()

@@ -13,8 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovbench.errors import UsageError
-from ovbench.methods import caa, hosts
+from ovbench.methods import caa, closed_set, hosts
 from ovbench.methods.caa import CAA, CAAConfig
+from ovbench.ops import affinity
+from ovbench.ops.affinity import affinity_loss, affinity_target, aggregate, class_centers, labels_on_grid
 from ovbench.profile.counters import count
 from ovbench.profile.parameters import count_parameters
 
@@ -35,21 +37,15 @@ ABLATIONS = {
 }
 
 
-def _narrow(host: dict, num_classes: int = 5) -> dict:
-    """A host's config with few channels: the mathematics is the same and a test takes no time."""
-    config = {**host, "channels": 8, "num_classes": num_classes}
-    if isinstance(config["in_channels"], list):
-        return {**config, "in_channels": [4, 6, 7, 9]}
-    return {**config, "in_channels": 9, **({"c1_in_channels": 4, "c1_channels": 3} if "c1_channels" in host else {})}
-
-
 def _head(name: str = "fcn", **switches):
+    """A host with few channels and CAA: the mathematics is the same and a test takes no time."""
     torch.manual_seed(0)
-    config = caa.head_config(name, **{**SMALL, **switches})
+    host = hosts.head_config(name, 5, in_channels=(4, 6, 7, 9), channels=8)
+    hosts.register()
     caa.register()
     from ovbench.compat import import_mmseg
 
-    return import_mmseg().registry.MODELS.build({**config, "host": _narrow(config["host"])})
+    return import_mmseg().registry.MODELS.build(caa.head_config(host, **{**SMALL, **switches}))
 
 
 def _inputs(grid=(6, 7), batch=2):
@@ -65,6 +61,11 @@ def _samples(labels):
     return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
 
 
+def _factors(logits):
+    """Rows and columns whose product is these logits of an affinity."""
+    return logits, torch.eye(logits.shape[-1], dtype=logits.dtype).expand_as(logits)
+
+
 # --- equations ---
 
 
@@ -72,7 +73,7 @@ def test_affinity_ground_truth_against_a_double_loop():
     labels = torch.randint(0, 4, (3, 12), generator=torch.Generator().manual_seed(3))
     labels[labels == 3] = 255
     labels[2] = 255
-    target, counted = caa.affinity_target(labels)
+    target, counted = affinity_target(labels)
     for image, i, j in itertools.product(range(3), range(12), range(12)):
         a, b = int(labels[image, i]), int(labels[image, j])
         assert bool(counted[image, i, j]) == (a != 255 and b != 255)
@@ -83,7 +84,7 @@ def test_affinity_ground_truth_against_a_double_loop():
 def test_affinity_ground_truth_is_the_product_of_one_hot_labels():
     labels = torch.tensor([[0, 1, 1, 2, 255, 0]])
     one_hot = torch.stack([labels == k for k in range(3)], dim=-1).float()
-    assert torch.equal(caa.affinity_target(labels)[0].float(), one_hot @ one_hot.transpose(1, 2))
+    assert torch.equal(affinity_target(labels)[0].float(), one_hot @ one_hot.transpose(1, 2))
 
 
 @pytest.mark.parametrize("entries", [1, 40, 10**9])
@@ -98,28 +99,29 @@ def test_affinity_loss_against_a_double_loop(entries):
         if 255 not in (a, b):
             p = logits[image, i, j].sigmoid()
             losses.append(-(p if a == b else 1 - p).log())
-    assert float(caa.affinity_loss(logits, labels, entries=entries)) == pytest.approx(float(torch.stack(losses).mean()))
+    found = affinity_loss(*_factors(logits), labels, entries=entries)
+    assert float(found) == pytest.approx(float(torch.stack(losses).mean()))
 
 
 def test_ignored_positions_have_no_gradient_on_either_axis():
     logits = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(5)).requires_grad_()
     labels = torch.tensor([[0, 255, 1, 1, 255, 0]])
-    caa.affinity_loss(logits, labels).backward()
+    affinity_loss(*_factors(logits), labels).backward()
     ignored = labels[0] == 255
     assert not logits.grad[0, ignored].any() and not logits.grad[0, :, ignored].any()
     assert bool(logits.grad[0][~ignored][:, ~ignored].all())
 
 
 def test_affinity_loss_without_a_counted_pair():
-    logits = torch.full((1, 4, 4), torch.inf).requires_grad_()
-    loss = caa.affinity_loss(logits, torch.full((1, 4), 255))
+    query = torch.full((1, 4, 1), torch.inf).requires_grad_()
+    loss = affinity_loss(query, torch.ones(1, 1, 4), torch.full((1, 4), 255))
     loss.backward()
-    assert loss.item() == 0 and not logits.grad.any()
+    assert loss.item() == 0 and not query.grad.any()
 
 
 def test_labels_on_a_coarser_grid():
     labels = torch.arange(32).reshape(1, 4, 8)
-    assert caa.labels_on_grid(labels, (2, 4)).tolist() == [[0, 2, 4, 6, 16, 18, 20, 22]]
+    assert labels_on_grid(labels, (2, 4)).tolist() == [[0, 2, 4, 6, 16, 18, 20, 22]]
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -127,7 +129,7 @@ def test_inter_is_the_rest_of_the_affinity_times_the_features(normalise):
     generator = torch.Generator().manual_seed(6)
     affinity = torch.rand(2, 30, 30, generator=generator, dtype=torch.float64)
     features = torch.randn(2, 30, 4, generator=generator, dtype=torch.float64)
-    intra, inter = caa.aggregate(affinity, features, normalise)
+    intra, inter = aggregate(affinity, features, normalise)
     rest = 1 - affinity
     if normalise:
         affinity, rest = affinity / affinity.sum(-1, keepdim=True), rest / rest.sum(-1, keepdim=True)
@@ -138,7 +140,7 @@ def test_inter_is_the_rest_of_the_affinity_times_the_features(normalise):
 def test_a_saturated_affinity_stays_finite():
     features = torch.rand(1, 50, 4, generator=torch.Generator().manual_seed(7))
     for value in (0.0, 1.0):
-        intra, inter = caa.aggregate(torch.full((1, 50, 50), value), features)
+        intra, inter = aggregate(torch.full((1, 50, 50), value), features)
         assert bool(intra.isfinite().all()) and bool(inter.isfinite().all())
         assert max(float(intra.abs().max()), float(inter.abs().max())) < 1.01
 
@@ -147,7 +149,7 @@ def test_a_saturated_affinity_stays_finite():
 def test_class_centers_against_a_loop(axis):
     generator = torch.Generator().manual_seed(8)
     coarse, features = torch.randn(2, 3, 10, generator=generator), torch.randn(2, 10, 4, generator=generator)
-    found = caa.class_centers(coarse, features, axis)
+    found = class_centers(coarse, features, axis)
     for image, k in itertools.product(range(2), range(3)):
         weights = coarse[image].exp() / (1 if axis == "positions" else coarse[image].exp().sum(0))
         mean = sum(weights[k, i] * features[image, i] for i in range(10)) / weights[k].sum()
@@ -165,7 +167,8 @@ def test_every_host(name):
     labels[:, :8] = 255
     output = head.train()(inputs)
     losses = head.loss_by_feat(output, _samples(labels))
-    assert set(losses) == {"loss_ce", "acc_seg", "coarse.loss_ce", "coarse.acc_seg", "loss_affinity"}
+    own = {"loss_semantic"} if name == "isnet" else set()
+    assert set(losses) == {"loss_ce", "acc_seg", "coarse.loss_ce", "coarse.acc_seg", "loss_affinity"} | own
     sum(value for key, value in losses.items() if "loss" in key).backward()
     parameters = dict(head.named_parameters())
     assert {key.split(".")[0] for key in parameters} == {"host", "caa", "conv_seg"}
@@ -258,22 +261,29 @@ def _addon(**switches) -> CAA:
 @torch.no_grad()
 def test_evaluation_by_rows_is_the_whole_map(monkeypatch):
     addon, features, coarse = _addon(), torch.randn(3, 8, 5, 7), torch.randn(3, 4, 5, 7)
-    whole, logits = addon(features, coarse)
-    assert logits is None
+    whole = addon(features, coarse)[0]
     monkeypatch.setattr(caa, "MAP_ENTRIES", 3 * 35 * 4)  # 4 rows at a time
     torch.testing.assert_close(addon(features, coarse)[0], whole)
     separately = torch.cat([addon(features[i : i + 1], coarse[i : i + 1])[0] for i in range(3)])
     torch.testing.assert_close(separately, whole)
 
 
-@torch.no_grad()
-def test_training_and_evaluation_compute_the_same_map():
-    addon, features, coarse = _addon(), torch.randn(2, 8, 5, 7), torch.randn(2, 4, 5, 7)
-    expected = addon(features, coarse)[0]
-    addon.training = True  # the norms stay in evaluation
-    found, logits = addon(features, coarse)
-    torch.testing.assert_close(found, expected)
-    assert logits.shape == (2, 35, 35)
+def test_training_by_rows_has_the_values_and_gradients_of_the_whole_map(monkeypatch):
+    """Maps that are dropped and made again in the backward pass change nothing."""
+    generator = torch.Generator().manual_seed(2)
+    coarse, labels = torch.randn(2, 4, 5, 7, generator=generator), torch.randint(0, 4, (2, 35), generator=generator)
+    given = torch.randn(2, 8, 5, 7, generator=generator)
+    found = []
+    for entries in (2 * 35 * 4 * 4, 10**9):  # 4 rows at a time; all
+        monkeypatch.setattr(caa, "MAP_ENTRIES", entries)
+        addon, features = _addon().train(), given.clone().requires_grad_()
+        with monkeypatch.context() as patch:
+            patch.setattr(affinity, "checkpoint", lambda part, *rest, **_: part(*rest)) if entries == 10**9 else None
+            out, (query, key) = addon(features, coarse)
+            loss = out.square().mean() + affinity_loss(query, key, labels, entries=entries)
+        loss.backward()
+        found.append([loss, features.grad, *(parameter.grad for parameter in addon.parameters())])
+    torch.testing.assert_close(found[0], found[1])
 
 
 class _Maps(TorchDispatchMode):
@@ -293,16 +303,25 @@ class _Maps(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_one_affinity_map_in_evaluation(monkeypatch, batch):
-    side = 24
-    entries = side**4
-    monkeypatch.setattr(caa, "MAP_ENTRIES", entries)
-    addon, features = _addon(), torch.randn(batch, 8, side, side)
-    counted = _Maps(entries)
+@pytest.mark.parametrize(("side", "batch"), [(64, 1), (64, 2), (128, 1)])
+def test_one_affinity_map_in_evaluation(side, batch):
+    """64 MiB, the map of one 64 x 64 image in fp32: never more, whatever the grid and the batch."""
+    addon, counted = _addon(), _Maps(2**20)
     with torch.inference_mode(), counted:
-        addon(features, torch.randn(batch, 4, side, side))
-    assert counted.peak == 4 * entries
+        addon(torch.randn(batch, 8, side, side), torch.randn(batch, 4, side, side))
+    maps = 4 * affinity.MAP_ENTRIES
+    # what else is over a MiB are rows of F' and of its contexts
+    assert maps <= counted.peak < 1.25 * maps
+
+
+def test_training_holds_no_map():
+    """Forward, both losses and backward with less than 2 maps, where logits, sigmoid and loss would be 6."""
+    addon, counted = _addon().train(), _Maps(2**20)
+    features, labels = torch.randn(1, 8, 64, 64, requires_grad=True), torch.randint(0, 4, (1, 64 * 64))
+    with counted:
+        out, factors = addon(features, torch.randn(1, 4, 64, 64))
+        (out.square().mean() + affinity_loss(*factors, labels)).backward()
+    assert features.grad.any() and counted.peak < 2 * 4 * affinity.MAP_ENTRIES
 
 
 def test_half_precision_stays_near():
@@ -318,7 +337,7 @@ def test_half_precision_stays_near():
 
 def test_wrong_switches():
     with pytest.raises(UsageError, match="intra"):
-        caa.head_config("psp", intr=False)
+        caa.head_config(hosts.head_config("psp"), intr=False)
     with pytest.raises(UsageError, match="host itself"):
         CAAConfig(center=False, affinity=False)
     with pytest.raises(UsageError, match="neither"):
@@ -329,8 +348,8 @@ def test_wrong_switches():
         CAAConfig(center_channels=0)
     with pytest.raises(UsageError, match="at least 0"):
         CAAConfig(aux_weight=-1.0)
-    with pytest.raises(UsageError, match="deeplabv3"):
-        caa.build_head("deeplab", 5)
+    with pytest.raises(UsageError, match="caa-deeplabv3"):
+        closed_set.build_head("caa-deeplab", 5)
 
 
 def test_a_head_can_be_pickled_and_copied():
@@ -365,7 +384,7 @@ def test_size_beside_the_thesis(shared, name):
         rows = [row for row in csv.DictReader(file) if row["source"] == "thesis-caa" and row["table"] == "3.5"]
     published = {(row["row"], row["metric"]): float(row["value"]) for row in rows}
     with torch.device("meta"):
-        host, head = hosts.build_head(name), caa.build_head(name)
+        host, head = closed_set.build_head(name), closed_set.build_head(f"caa-{name}")
     params = (count_parameters(head).total - count_parameters(host).total) / 1e6
     thesis = published[f"{ROWS[name]}+CAA", "params"] - published[ROWS[name], "params"]
     assert params == pytest.approx(thesis, rel=0.05)

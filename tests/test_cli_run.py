@@ -86,7 +86,7 @@ RUN = ["run", "-m", "clip", "-d", "voc21", "--data-root", "nowhere", "--weights"
     ("arguments", "code", "message"),
     [
         (["run", "-m", "clipp", "-d", "voc21"], 2, "Unknown method 'clipp'. Did you mean: clip"),
-        (["run", "-m", "clip", "-d", "voc"], 2, "Unknown dataset 'voc'. Did you mean: voc20, voc21?"),
+        (["run", "-m", "clip", "-d", "voc"], 2, "Unknown dataset 'voc'. Did you mean: voc20, voc21, voc20b?"),
         ([*RUN, "--arch", "ViT-B/61"], 3, "does not exist"),
         ([*RUN, "--crop", "0"], 2, "--crop: Input should be greater than or equal to 1 (given: 0)"),
         ([*RUN, "--stride", "300"], 2, "stride 300 is larger than crop 224"),

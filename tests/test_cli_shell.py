@@ -45,8 +45,8 @@ def test_wrong_verbs_and_options(arguments: list[str], message: str, capsys: pyt
 def test_listings_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(out_of(["list", "--json"], capsys)[0])
     assert set(found) == {"methods", "datasets", "protocols"}
-    assert len(found["datasets"]) == 8
-    assert {"name", "summary", "paper", "protocol"} <= set(found["methods"][0])
+    assert sum(item["group"] == "eight" for item in found["datasets"]) == 8
+    assert {"name", "summary", "paper", "track", "protocol"} <= set(found["methods"][0])
     assert {"sclip", "naclip", "sc-clip", "proxyclip", "clearclip", "common"} <= {p["name"] for p in found["protocols"]}
 
 

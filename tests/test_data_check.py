@@ -20,7 +20,7 @@ from ovbench.benchmarks.report import Problem, describe
 from ovbench.benchmarks.synth import MARKER, synth
 from ovbench.errors import DataError, UsageError
 
-EIGHT = benchmarks.names()
+ALL = benchmarks.names()
 IMAGES = 6
 
 
@@ -28,7 +28,7 @@ IMAGES = 6
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated copies of all benchmarks; tests plant faults in copies of these."""
     out = tmp_path_factory.mktemp("copies")
-    for name in EIGHT:
+    for name in ALL:
         synth(name, out / name, images=IMAGES)
     return out
 
@@ -39,7 +39,9 @@ def _values(path: Path) -> np.ndarray:
 
 
 def _save(path: Path, values: np.ndarray) -> None:
-    Image.fromarray(values.astype(np.uint8)).save(path, format="PNG")
+    """8-bit PNGs and 16-bit TIFFs, as the benchmarks have them."""
+    wide = path.suffix == ".tif"
+    Image.fromarray(values.astype(np.uint16 if wide else np.uint8)).save(path, format="TIFF" if wide else "PNG")
 
 
 def _truncate(path: Path) -> None:
@@ -47,13 +49,11 @@ def _truncate(path: Path) -> None:
 
 
 def _colour(pair: Pair, benchmark: Benchmark) -> None:
-    with Image.open(pair.label) as label:
-        label.convert("RGB").save(pair.label, format="PNG")
+    Image.fromarray(_values(pair.label).astype(np.uint8)).convert("RGB").save(pair.label, format="PNG")
 
 
 def _colour_alpha(pair: Pair, benchmark: Benchmark) -> None:
-    with Image.open(pair.label) as label:
-        label.convert("RGBA").save(pair.label, format="PNG")
+    Image.fromarray(_values(pair.label).astype(np.uint8)).convert("RGBA").save(pair.label, format="PNG")
 
 
 def _out_of_range(pair: Pair, benchmark: Benchmark) -> None:
@@ -67,16 +67,23 @@ def _other_size(pair: Pair, benchmark: Benchmark) -> None:
 
 
 def _ignore_all(pair: Pair, benchmark: Benchmark) -> None:
-    _save(pair.label, np.full_like(_values(pair.label), 0 if benchmark.reduce_zero_label else 255))
+    _save(pair.label, np.full_like(_values(pair.label), 0 if benchmark.reduce_zero_label else benchmark.ignore_index))
 
 
-def _sixteen_bit(pair: Pair, benchmark: Benchmark) -> None:
-    values = _values(pair.label).astype(np.uint16) * 1000
-    Image.fromarray(values).save(pair.label, format="PNG")
+def _instance_ids(pair: Pair, benchmark: Benchmark) -> None:
+    values = _values(pair.label).astype(np.int32) * 1000 + 65000
+    if benchmark.wide:
+        Image.fromarray(values).save(pair.label, format="TIFF")
+    else:
+        Image.fromarray(values.clip(0, 65535).astype(np.uint16)).save(pair.label, format="PNG")
+
+
+def _eight_bit(pair: Pair, benchmark: Benchmark) -> None:
+    Image.fromarray(_values(pair.label).astype(np.uint8)).save(pair.label, format="TIFF")
 
 
 def _as_jpeg(pair: Pair, benchmark: Benchmark) -> None:
-    Image.fromarray(np.zeros_like(_values(pair.label))).save(pair.label, format="JPEG")
+    Image.fromarray(np.zeros_like(_values(pair.label), np.uint8)).save(pair.label, format="JPEG")
 
 
 FAULTS: dict[str, tuple[Callable[[Pair, Benchmark], None], str]] = {
@@ -89,13 +96,13 @@ FAULTS: dict[str, tuple[Callable[[Pair, Benchmark], None], str]] = {
     "foreign ids": (_out_of_range, "out_of_range"),
     "cut label": (_other_size, "size_mismatch"),
     "nothing labelled": (_ignore_all, "all_ignored"),
-    "instance ids": (_sixteen_bit, "wide_ids"),
+    "instance ids": (_instance_ids, "wide_ids"),
     "jpeg labels": (_as_jpeg, "lossy_label"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_every_planted_fault_is_found_with_its_files(name: str, fault: str, copies: Path, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     shutil.copytree(copies / name, tmp_path / name)
@@ -114,7 +121,7 @@ def test_every_planted_fault_is_found_with_its_files(name: str, fault: str, copi
     assert fault == "nothing labelled" or not report.ok
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_missing_files_are_found(name: str, copies: Path, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     shutil.copytree(copies / name, tmp_path / name)
@@ -130,12 +137,53 @@ def test_missing_files_are_found(name: str, copies: Path, tmp_path: Path) -> Non
     assert kinds[left].count == 1 and pairs[1].stem in kinds[left].files[0]
 
 
+@pytest.mark.parametrize("name", ["ade847", "context459"])
+def test_labels_of_eight_bits_are_found_where_classes_need_more(name: str, copies: Path, tmp_path: Path) -> None:
+    benchmark = benchmarks.get(name)
+    shutil.copytree(copies / name, tmp_path / name)
+    for pair in benchmark.pairs(tmp_path)[1:5]:
+        _eight_bit(pair, benchmark)
+    problem = next(problem for problem in check(name, tmp_path).problems if problem.kind == "narrow_ids")
+    assert problem.level == "error" and problem.count == 4
+    assert f"cannot tell {benchmark.num_classes} classes apart" in problem.message
+
+
+def test_labels_as_the_conversion_of_mmsegmentation_leaves_coco_stuff10k_are_told_from_the_raw_ones(
+    tmp_path: Path,
+) -> None:
+    benchmark = benchmarks.get("coco_stuff10k")
+    root = synth("coco_stuff10k", tmp_path, images=20)
+    raw = [number for number in range(1, 183) if number not in benchmark.raw_gaps]
+    table = np.zeros(256, int)
+    table[1:172] = raw
+    _renumber(root, benchmark, table)
+    report = check("coco_stuff10k", root)
+    assert not report.ok and {"out_of_range", "unconverted"} <= {problem.kind for problem in report.problems}
+
+
+def test_each_split_is_checked_by_itself(tmp_path: Path) -> None:
+    root = synth("context59", tmp_path, images=3, train_images=5, size=(64, 96))
+    train = benchmarks.get("context59").for_split("train")
+    train.pairs(root)[2].label.unlink()
+    assert check("context59", root).ok
+    report = check("context59", root, split="train")
+    assert (report.split, report.listed, report.checked, report.expected) == ("train", 5, 4, 4998)
+    assert [problem.kind for problem in report.problems] == ["missing_labels"]
+    with pytest.raises(DataError, match="1 of 5 labels are missing"):
+        quick_check("context59", root, split="train")
+    with pytest.raises(UsageError, match="voc21 has no training split"):
+        check("voc21", root, split="train")
+    (tmp_path / MARKER).unlink()
+    text = next(problem for problem in check("context59", root, split="train").problems if problem.kind == "count")
+    assert "5 images, but the official context59 train split has 4998" in text.message
+
+
 def _renumber(root: Path, benchmark: Benchmark, table: np.ndarray) -> None:
     for pair in benchmark.pairs(root):
         _save(pair.label, table[_values(pair.label)])
 
 
-@pytest.mark.parametrize("name", [name for name in EIGHT if benchmarks.get(name).reduce_zero_label])
+@pytest.mark.parametrize("name", [name for name in ALL if benchmarks.get(name).reduce_zero_label])
 def test_labels_that_were_reduced_already_are_found(name: str, copies: Path, tmp_path: Path) -> None:
     benchmark = benchmarks.get(name)
     shutil.copytree(copies / name, tmp_path / name)
@@ -255,7 +303,7 @@ def test_a_partial_copy_of_photographs_is_a_warning(copies: Path, tmp_path: Path
     assert f"{IMAGES} images, but the official voc21 split has 1449" in report.problems[0].message
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", ALL)
 def test_a_wrong_folder_is_a_problem_not_a_crash(name: str, tmp_path: Path) -> None:
     report = check(name, tmp_path)
     assert not report.ok and report.problems[0].kind == "layout" and "Looked for" in report.problems[0].message

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ovbench.errors import UsageError
-from ovbench.methods import ecac, hosts
+from ovbench.methods import closed_set, ecac, hosts
+from ovbench.ops import class_context
 from ovbench.profile.counters import count
 from ovbench.profile.parameters import count_parameters
 
@@ -31,7 +32,7 @@ TABLE = {"fcn": "FCN", "psp": "PSPNet", "deeplabv3plus": "DeepLabV3+"}
 def _head(seed: int = 0, **switches):
     torch.manual_seed(seed)
     given = {"class_frequencies": [50, 30, 10, 5, 5], "hidden": 12, **switches}
-    return ecac.head_class()(host=dict(TINY), **given)
+    return ecac.register()(host=dict(TINY), **given)
 
 
 def _batch(height: int = 6, width: int = 7, batch: int = 2):
@@ -39,6 +40,12 @@ def _batch(height: int = 6, width: int = 7, batch: int = 2):
     generator = torch.Generator().manual_seed(3)
     choice = torch.randint(0, 4, (batch, 2 * height, 2 * width), generator=generator)
     return [torch.randn(batch, 6, height, width, generator=generator)], torch.tensor([0, 1, 3, 255])[choice]
+
+
+def _losses(head, labels=None):
+    """The head's losses of the batch, under its labels or other ones."""
+    inputs, given = _batch()
+    return head.losses(head.host(inputs), given if labels is None else labels)
 
 
 def _pixels(seed: int = 1):
@@ -55,7 +62,7 @@ def _loop_mean(features, labels, number):
 
 def test_class_centres_against_a_loop():
     features, labels = _pixels()
-    found = ecac.class_centres(features, labels, K)
+    found = class_context.class_centres(features, labels, K)
     for image in range(2):
         for number in range(K):
             expected = _loop_mean(features[image], labels[image], number)
@@ -67,7 +74,7 @@ def test_soft_centres_against_a_loop_and_of_a_class_that_is_nowhere_likely():
     features, _ = _pixels()
     coarse = torch.randn(2, K, 4, 3)
     coarse[:, 4] -= 60
-    found = ecac.soft_centres(features, coarse)
+    found = class_context.soft_centres(features, coarse)
     probs = coarse.double().softmax(1)
     for image in range(2):
         for number in range(K):
@@ -106,7 +113,7 @@ def test_memory_of_two_processes_is_that_of_the_whole_batch():
     """What one process adds to the other's sums, in the order in which they are reduced."""
     features, labels = _pixels()
     memory, seen = torch.zeros(K, WIDTH), torch.zeros(K, dtype=torch.bool)
-    other = iter(ecac.class_sums(features[1].flatten(1).T, labels[1].flatten(), K))
+    other = iter(class_context.class_sums(features[1].flatten(1).T, labels[1].flatten(), K))
     found = ecac.updated_memory(
         memory, seen, features[:1], labels[:1], ecac.ECACConfig(), reduce=lambda part: part + next(other)
     )
@@ -122,7 +129,7 @@ def test_all_reduce_sums_in_a_distributed_training(monkeypatch):
 
 
 def test_class_weights():
-    found = ecac.class_weights(torch.tensor([4.0, 1.0, 0.0, 16.0]), rho=0.5)
+    found = class_context.class_weights(torch.tensor([4.0, 1.0, 0.0, 16.0]), rho=0.5)
     torch.testing.assert_close(found, torch.tensor([0.5, 1.0, 0.0, 0.25]) / 1.75)
 
 
@@ -130,8 +137,8 @@ def test_cross_entropy_against_torch_and_without_labels():
     logits, labels = torch.randn(2, K, 4, 3), _pixels()[1]
     weights = torch.rand(K)
     expected = torch.nn.functional.cross_entropy(logits, labels, weights, ignore_index=-1)
-    torch.testing.assert_close(ecac.cross_entropy(logits, labels, weights), expected)
-    assert float(ecac.cross_entropy(logits, torch.full_like(labels, -1), weights)) == 0
+    torch.testing.assert_close(class_context.cross_entropy(logits, labels, weights), expected)
+    assert float(class_context.cross_entropy(logits, torch.full_like(labels, -1), weights)) == 0
 
 
 def test_kl_against_a_loop():
@@ -144,8 +151,8 @@ def test_kl_against_a_loop():
             entropy = float(-(t * t.log()).sum())
             top, bottom = top + entropy * float((t * (t / s).log()).sum()), bottom + entropy
         per_class.append(top / bottom)
-    assert float(ecac.kl_loss(student, teacher, labels)) == pytest.approx(sum(per_class) / 3, rel=1e-4)
-    assert float(ecac.kl_loss(teacher, teacher, labels)) == pytest.approx(0, abs=1e-6)
+    assert float(class_context.kl_loss(student, teacher, labels)) == pytest.approx(sum(per_class) / 3, rel=1e-4)
+    assert float(class_context.kl_loss(teacher, teacher, labels)) == pytest.approx(0, abs=1e-6)
 
 
 def test_iv_against_a_loop():
@@ -159,12 +166,14 @@ def test_iv_against_a_loop():
             for out in (student, teacher)
         ]
         squares.append(float((cosines[0] - cosines[1]) ** 2))
-    assert float(ecac.iv_loss(student, teacher, labels)) == pytest.approx(sum(squares) / len(squares), rel=1e-4)
+    assert float(class_context.iv_loss(student, teacher, labels)) == pytest.approx(
+        sum(squares) / len(squares), rel=1e-4
+    )
 
 
 def test_no_gradient_of_kl_and_iv_reaches_the_teacher():
     head = _head()
-    losses = head.losses(*_batch())
+    losses = _losses(head)
     assert set(losses) == {"loss_rce_student", "loss_rce_teacher", "loss_kl", "loss_iv", "loss_memory"}
     (losses["loss_kl"] + losses["loss_iv"]).backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in head.teacher.parameters())
@@ -175,21 +184,21 @@ def test_no_gradient_of_kl_and_iv_reaches_the_teacher():
 
 def test_memory_loss_sets_in_later_and_knows_only_seen_rows():
     head = _head(memory_loss_start=2)
-    found = [head.losses(*_batch())["loss_memory"].item() for _ in range(3)]
+    found = [_losses(head)["loss_memory"].item() for _ in range(3)]
     assert found[:2] == [0, 0] and found[2] > 0
     logits = torch.randn(K, K)
     expected = torch.nn.functional.cross_entropy(logits[[0, 3]], torch.tensor([0, 3]))
     seen = torch.tensor([True, False, False, True, False])
-    torch.testing.assert_close(ecac.memory_loss(logits, seen), expected)
+    torch.testing.assert_close(class_context.memory_loss(logits, seen), expected)
 
 
 def test_memory_is_frozen_in_evaluation():
     head = _head()
-    head.losses(*_batch())
+    _losses(head)
     before = head.memory.clone()
     assert head.seen.tolist() == [True, True, False, True, False] and int(head.steps) == 1
     head.eval()
-    head.losses(*_batch())
+    _losses(head)
     head(_batch()[0])
     assert torch.equal(head.memory, before) and int(head.steps) == 1
 
@@ -197,7 +206,7 @@ def test_memory_is_frozen_in_evaluation():
 @torch.no_grad()
 def test_evaluation_needs_no_teacher():
     head = _head()
-    head.losses(*_batch())
+    _losses(head)
     head.eval()
     before = head(_batch()[0])
     bare = _head(seed=9, teacher=False).eval()
@@ -210,7 +219,7 @@ def test_evaluation_needs_no_teacher():
 @torch.no_grad()
 def test_permuting_the_classes_permutes_the_result():
     head = _head()
-    head.losses(*_batch())
+    _losses(head)
     head.eval()
     torch.nn.init.normal_(head.student.gamma)
     torch.nn.init.normal_(head.student.delta)
@@ -227,7 +236,7 @@ def test_finite_on_tiny_grids_and_without_a_label(size):
     for ignored in (False, True):
         head = _head()
         inputs, labels = _batch(*size)
-        losses = head.losses(inputs, torch.full_like(labels, 255) if ignored else labels)
+        losses = head.losses(head.host(inputs), torch.full_like(labels, 255) if ignored else labels)
         sum(losses.values()).backward()
         assert all(bool(value.isfinite()) for value in losses.values())
         assert all(bool(p.grad.isfinite().all()) for p in head.parameters() if p.grad is not None)
@@ -237,7 +246,7 @@ def test_finite_on_tiny_grids_and_without_a_label(size):
 
 def test_state_dict_keeps_the_memory():
     head, other = _head(), _head(seed=5)
-    head.losses(*_batch())
+    _losses(head)
     other.load_state_dict(head.state_dict())
     assert bool(head.memory.any())
     for name in ("memory", "seen", "steps"):
@@ -246,13 +255,13 @@ def test_state_dict_keeps_the_memory():
 
 def test_switches_of_the_ablation_tables():
     off = _head(memory_loss=False, kl_weight=0.0, iv_weight=0.0, calibration=False)
-    assert set(off.losses(*_batch())) == {"loss_rce_student", "loss_rce_teacher"}
+    assert set(_losses(off)) == {"loss_rce_student", "loss_rce_teacher"}
     assert off.student.gamma is None
     host = _head(ecac=False, reweight=False).eval()
-    inputs, labels = _batch()
-    assert set(host.losses(inputs, labels)) == {"loss_rce_student"}
+    inputs, _ = _batch()
+    assert set(_losses(host)) == {"loss_rce_student"}
     assert torch.equal(host(inputs), host.host.conv_seg(host.host(inputs)))
-    twice, once = (_head(iv_weight=weight).losses(inputs, labels)["loss_iv"] for weight in (100.0, 50.0))
+    twice, once = (_losses(_head(iv_weight=weight))["loss_iv"] for weight in (100.0, 50.0))
     torch.testing.assert_close(twice, 2 * once)
 
 
@@ -262,25 +271,26 @@ def test_mmseg_builds_it_and_trains_it_from_data_samples():
     from ovbench.compat import import_mmseg
 
     mmseg = import_mmseg()
-    ecac.head_class()
+    ecac.register()
     head = mmseg.registry.MODELS.build({"type": "ECACHead", "host": dict(TINY), "reweight": False})
     inputs, labels = _batch()
     samples = [mmseg.structures.SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
-    expected = copy.deepcopy(head).losses(inputs, labels)
+    other = copy.deepcopy(head)
+    expected = other.losses(other.host(inputs), labels)
     torch.testing.assert_close(head.loss(inputs, samples, {}), expected)
 
 
 def test_errors():
     with pytest.raises(UsageError, match="kl_weight"):
-        ecac.build_head("fcn", kl_wieght=1.0)
+        ecac.head_config(TINY, kl_wieght=1.0)
     with pytest.raises(UsageError, match="cosine"):
-        ecac.head_config("fcn", memory_update="cosin")
+        ecac.head_config(TINY, memory_update="cosin")
     with pytest.raises(UsageError, match="5 numbers"):
         _head(class_frequencies=[1, 2])
     with pytest.raises(UsageError, match="class_frequencies"):
-        _head(class_frequencies=None).losses(*_batch())
+        _losses(_head(class_frequencies=None))
     with pytest.raises(UsageError, match="teacher=True"):
-        _head(teacher=False).losses(*_batch())
+        _losses(_head(teacher=False))
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +298,11 @@ def costs():
     """Host -> (parameters in M, GMACs, GMACs of modules alone) that ECAC adds, on the grids of the thesis."""
     found = {}
     for name in hosts.host_names():
-        grids = hosts.feature_grids("64x64,64x64,64x64,64x64" if name == "deeplabv3plus" else "64x64")
-        maps = [torch.empty(shape, device="meta") for shape in hosts.feature_shapes(grids)]
-        heads = [module.build_head(name).to("meta") for module in (hosts, ecac)]
+        encoder = hosts.default_encoder(name)
+        grids = hosts.default_grids(encoder)
+        grids = hosts.feature_grids("64x64,64x64,64x64,64x64") if name == "deeplabv3plus" else grids
+        maps = [torch.empty(shape, device="meta") for shape in hosts.feature_shapes(grids, encoder=encoder)]
+        heads = [closed_set.build_head(each).to("meta") for each in (name, f"ecac-{name}")]
         figures = [
             (
                 count_parameters(head).total / 1e6,

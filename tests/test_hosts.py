@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovbench.errors import UsageError
-from ovbench.methods import hosts
+from ovbench.methods import closed_set, hosts
 from ovbench.profile.counters import count
 from ovbench.profile.parameters import count_parameters
 
@@ -26,7 +26,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def heads():
     """All heads without storage: shapes are all that counting needs."""
-    return {name: hosts.build_head(name).to("meta") for name in hosts.host_names()}
+    return {name: closed_set.build_head(name).to("meta") for name in hosts.host_names()}
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +103,14 @@ def test_heads_compute():
     features = [torch.randn(shape) for shape in hosts.feature_shapes(grids, batch=2)]
     for name in ("ccnet", "fcn"):
         with torch.no_grad():
-            out = hosts.build_head(name, num_classes=7)(features)
+            out = closed_set.build_head(name, num_classes=7)(features)
         assert out.shape == (2, 7, 6, 8) and bool(out.isfinite().all())
 
 
 def test_a_config_is_ones_own():
     config = hosts.head_config("uper", 19)
     config["in_channels"].append(1)
-    assert hosts.head_config("uper")["in_channels"] == list(hosts.RESNET_CHANNELS)
+    assert hosts.head_config("uper")["in_channels"] == [256, 512, 1024, 2048]
     assert config["num_classes"] == 19
 
 

@@ -332,6 +332,24 @@ def test_a_config_is_read_and_never_run(tmp_path: Path) -> None:
         benchmarks.get(str(config))
 
 
+def test_a_config_may_have_a_training_split_and_16_bit_labels(tmp_path: Path) -> None:
+    data = make(tmp_path / "data", classes=None)
+    train = 'train = dict(data_prefix=dict(img_path="images/deep", seg_map_path="labels/deep"), expected_images=2)\n'
+    (tmp_path / "pets.py").write_text(CONFIG + train)
+    (tmp_path / "pets.txt").write_text(CLASSES)
+    found = benchmarks.get(str(tmp_path / "pets.py"))
+    assert [pair.stem for pair in found.for_split("train").pairs(data)] == ["picture 1", "picture 2"]
+    assert check(str(tmp_path / "pets.py"), data, split="train").ok
+    wide = CONFIG.replace('".png"', '".png", ignore_index=65535').replace("=3", "=3, num_classes=300")
+    (tmp_path / "many.py").write_text(wide)
+    (tmp_path / "many.txt").write_text("".join(f"class {index}\n" for index in range(300)))
+    label = data / "labels" / "picture 0.png"
+    Image.fromarray(np.full((60, 80), 299, np.uint16)).save(label)
+    many = benchmarks.get(str(tmp_path / "many.py"))
+    assert many.wide and np.unique(many.load_label(label)).tolist() == [299]
+    assert not many.for_split("val").has_background and many.group == "own"
+
+
 def test_a_config_with_a_full_word_list(tmp_path: Path, repo: Path) -> None:
     values = (repo / "dataset_configs" / "voc21.py").read_text(encoding="utf-8")
     words = json.loads((repo / "dataset_configs" / "words" / "voc21.json").read_text(encoding="utf-8"))

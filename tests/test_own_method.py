@@ -222,7 +222,8 @@ def test_a_package_registers_a_method(
     listed = run_cli("list", "methods", "--json", **path)
     assert listed.returncode == 0 and "IMPORTED" not in listed.stderr
     [entry] = [entry for entry in json.loads(listed.stdout) if entry["name"] == "their-method"]
-    assert entry == {"name": "their-method", "summary": "mine", "paper": "me", "protocol": "naclip"}
+    own = {"name": "their-method", "summary": "mine", "paper": "me", "protocol": "naclip"}
+    assert entry == {**own, "track": "open-vocabulary"}
     data = synth("voc20", tmp_path / "data", images=2)
     arguments = [
         "-d",

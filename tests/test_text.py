@@ -39,7 +39,7 @@ def test_templates(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("no place for a word\n")
     with pytest.raises(UsageError, match="every line needs exactly one"):
         text.templates(str(tmp_path / "bad.txt"))
-    with pytest.raises(UsageError, match="Unknown templates 'imagenet'"):
+    with pytest.raises(UsageError, match="Unknown prompts 'imagenet'"):
         text.templates("imagenet")
 
 

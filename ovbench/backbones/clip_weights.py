@@ -48,7 +48,7 @@ def load_clip(
             raise UsageError("--weights builtin has an architecture of its own: leave --arch away.")
         from ovbench.builtin.weights import load_state_dict, weights_path
 
-        dense = _from_openai_format(
+        dense = from_openai_format(
             load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128"
         )
     elif weights == "random":
@@ -110,9 +110,7 @@ def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLI
     state = read_state_dict(path)
     digest = sha256_of_file(path)
     if arch is None:
-        return _from_openai_format(
-            state, str(path), digest, quick=is_quick(path, digest, state, activation, None, None)
-        )
+        return from_openai_format(state, str(path), digest, quick=is_quick(path, digest, state, activation, None, None))
     arch_quick = bool(_arch_config(arch).get("quick_gelu"))
     tensors = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
     model = _filled(arch, tensors, str(path), quick=arch_quick)  # first: a wrong shape is the plainer error
@@ -132,9 +130,21 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
     return model
 
 
-def _from_openai_format(
+def from_openai_format(
     state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, quick: bool = True
 ) -> DenseCLIP:
+    """A CLIP from a state dict in OpenAI's format, its sizes read from the shapes.
+
+    Args:
+        state: The tensors.
+        name: Where they come from, for records and messages.
+        digest: SHA-256 of that.
+        arch: Name of the architecture, for records.
+        quick: QuickGELU, as all of OpenAI's are.
+
+    Raises:
+        WeightsError: Tensors are missing, surplus or of another shape.
+    """
     from open_clip.model import CLIP
 
     config = openai_config(state, name)

@@ -172,9 +172,10 @@ class DenseCLIP(nn.Module):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
             elif isinstance(module, nn.MultiheadAttention):
-                for name in ("in_proj_weight", "in_proj_bias"):
+                for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                     parameter = getattr(module, name)
-                    parameter.data = parameter.data.to(dtype)
+                    if parameter is not None:
+                        parameter.data = parameter.data.to(dtype)
         self.visual.proj.data = self.visual.proj.data.to(dtype)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -208,9 +209,11 @@ class DenseCLIP(nn.Module):
         return x, grid
 
     def _position(self, grid: Grid, like: Tensor) -> Tensor:
+        embedding = self.visual.positional_embedding
+        if embedding.requires_grad:  # changes from step to step
+            return resize_position_embedding(embedding, self.visual.grid_size, grid, self.pos_interp).to(like.dtype)
         key = (grid, self.pos_interp, like.dtype, like.device)
         if key not in self._positions:
-            embedding = self.visual.positional_embedding
             resized = resize_position_embedding(embedding, self.visual.grid_size, grid, self.pos_interp)
             if len(self._positions) >= 64:  # whole-image runs meet many sizes
                 self._positions.clear()
@@ -281,10 +284,47 @@ class DenseCLIP(nn.Module):
     def qkv(self, x: Tensor, index: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value of a block (its LN1 applied), each (B, heads, T, d), from its input (B, T, C)."""
         block: Any = self.blocks[index]
-        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        weight = block.attn.in_proj_weight
+        if weight is None:  # split for training
+            weight = torch.cat([block.attn.q_proj_weight, block.attn.k_proj_weight, block.attn.v_proj_weight])
+        qkv = F.linear(block.ln_1(x), weight, block.attn.in_proj_bias)
         batch, length, _ = x.shape
         q, k, v = qkv.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
+
+    def values(self, x: Tensor, index: int = -1) -> Tensor:
+        """Values (B, T, C) of a block, all heads side by side, from its input (B, T, C)."""
+        block: Any = self.blocks[index]
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        own = block.attn.v_proj_weight if weight is None else weight.chunk(3)[2]
+        return F.linear(block.ln_1(x), own, bias.chunk(3)[2])
+
+    def split_projections(self) -> None:
+        """Hold query, key and value weights of every attention of both towers apart, so that some can be trained alone.
+
+        What the towers compute stays the same, at a little more time; :meth:`join_projections` undoes it.
+        """
+        for module in self.clip.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+                parts = module.in_proj_weight.detach().chunk(3)
+                module.in_proj_weight = None  # type: ignore[assignment]
+                for name, part in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True):
+                    setattr(module, name, nn.Parameter(part.clone(), requires_grad=False))
+                module._qkv_same_embed_dim = False
+        self._positions.clear()
+
+    def join_projections(self) -> None:
+        """Query, key and value weights in one matrix again; nothing is trainable any more."""
+        for module in self.clip.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
+                names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+                joined = torch.cat([getattr(module, name).detach() for name in names])
+                for name in names:
+                    setattr(module, name, None)
+                module.in_proj_weight = nn.Parameter(joined, requires_grad=False)
+                module._qkv_same_embed_dim = True
+        self.requires_grad_(False)
+        self._positions.clear()
 
     def merge_heads(self, heads: Tensor, index: int = -1) -> Tensor:
         """Output projection of a block's attention: (B, heads, T, d) -> (B, T, C)."""

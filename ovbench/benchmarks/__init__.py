@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.benchmarks import own
-from ovbench.benchmarks.benchmark import Benchmark, SynthRules
+from ovbench.benchmarks.benchmark import Benchmark, Split, SynthRules
 from ovbench.benchmarks.config import read_config, read_words, validate_config
 from ovbench.benchmarks.definition import fields_of
 from ovbench.benchmarks.layout import Layout, Pair
@@ -18,7 +18,18 @@ from ovbench.benchmarks.own import OwnBenchmark
 from ovbench.errors import UsageError, unknown_name
 from ovbench.paths import config_dir
 
-__all__ = ["Benchmark", "Layout", "OwnBenchmark", "Pair", "SynthRules", "get", "names", "own_root"]
+__all__ = [
+    "Benchmark",
+    "Layout",
+    "OwnBenchmark",
+    "Pair",
+    "Split",
+    "SynthRules",
+    "get",
+    "names",
+    "own_root",
+    "with_split",
+]
 
 
 @cache
@@ -32,9 +43,18 @@ def _configs() -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: (item[1]["benchmark"]["order"], item[0])))
 
 
-def names() -> list[str]:
-    """The ids of all benchmarks in the order in which papers print them: with background first."""
-    return list(_configs())
+def names(group: str | None = None) -> list[str]:
+    """The ids of all benchmarks, or of one group, in the order in which papers print them.
+
+    Args:
+        group: "eight" for the customary eight benchmarks of open-vocabulary papers, "large-vocabulary" or "closed-set".
+    """
+    return [name for name, values in _configs().items() if group in (None, values["benchmark"].get("group"))]
+
+
+def with_split(split: str = "train") -> list[str]:
+    """The ids of the benchmarks that have a split of that name."""
+    return [name for name in _configs() if split in get(name).splits]
 
 
 def get(name: str) -> Benchmark:

@@ -1,10 +1,10 @@
-"""A benchmark: a dataset split, its classes with their wordings, and its label rule."""
+"""A benchmark: a dataset, its classes with their wordings, and its label rule, looked at in one of its splits."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ovbench.benchmarks.config import Words
-from ovbench.benchmarks.labels import IGNORE_INDEX, UInt8, decode_label, id_ranges, index_label, train_id_table
+from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges, index_label, train_id_table
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
-from ovbench.errors import DataError, unknown_name
+from ovbench.errors import DataError, UsageError, unknown_name
 from ovbench.hashing import sha256_of
 
 # What PackSegInputs hands on; the first five are what evaluation needs to name files and undo the resizing.
@@ -31,7 +31,7 @@ class SynthRules:
         short: Short side of the generated images in pixels.
         long: Long side in pixels.
         portraits: Every third image is upright.
-        label_mode: Pillow mode of the label PNGs, "L" or "P".
+        label_mode: Pillow mode of the label files: "L", "P" or "I;16".
         void: Where unlabelled pixels are: "border" of regions, a "patch", a "strip" at the bottom, or "none".
         things: "foreground": the classes are objects before words of label 0; "any": no distinction.
         always_zero: Every image shows something with the raw label 0.
@@ -51,8 +51,23 @@ class SynthRules:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Where the images of one split lie.
+
+    Attributes:
+        layout: Folders and file names.
+        expected_images: Images in the official split.
+        stems: Patterns of the file stems of a generated copy with ``{i}``, used in turn.
+    """
+
+    layout: Layout
+    expected_images: int
+    stems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """One benchmark, read from ``dataset_configs``.
+    """One benchmark in one of its splits, read from ``dataset_configs``.
 
     Attributes:
         name: Id, e.g. ``"voc21"``.
@@ -62,13 +77,17 @@ class Benchmark:
         class_names: Display names in label order, K.
         has_background: Class 0 is "everything else".
         reduce_zero_label: The files' 0 is ignored and 1..K become 0..K-1.
-        ignore_index: Training id that no metric counts.
+        ignore_index: Training id that no metric counts: 255, or 65535 where label files have 16 bits.
+        raw_ids: The value that label files have for each class, where it is another order of 0..K-1; else empty.
+        group: "eight" for the customary eight, "large-vocabulary", "closed-set"; "own" where the config says nothing.
+        split: "val" or "train".
+        splits: The splits that there are.
         expected_images: Images in the official split.
         palette: RGB colours of the classes, K.
         wordings: Names of the word lists, the first being the customary one.
         labels_from: Where the label files come from and what they hold.
         zero_in_most: The raw value 0 occurs in most official label files.
-        has_255: The raw value 255 occurs in the official label files.
+        has_255: The ignored value (255, in 16-bit files 65535) occurs in the official label files.
         raw_gaps: Values that an unconverted label file never has (COCO-Stuff), else empty.
         layout: Folders and file names.
         synth_rules: Look of the generated copy.
@@ -92,7 +111,47 @@ class Benchmark:
     synth_rules: SynthRules
     dataset_type: str
     word_lists: dict[str, Words] = field(repr=False, hash=False)
+    splits: dict[str, Split] = field(repr=False, hash=False)
+    split: str = "val"
+    group: str = "own"
     ignore_index: int = IGNORE_INDEX
+    raw_ids: tuple[int, ...] = ()
+
+    def for_split(self, split: str) -> Benchmark:
+        """The same benchmark looked at in another of its splits: "val" or "train".
+
+        Raises:
+            UsageError: There is no such split; the message names the benchmarks that can be trained on.
+        """
+        if split not in self.splits:
+            if split != "train":
+                raise unknown_name("split", split, self.splits)
+            from ovbench.benchmarks import with_split
+
+            raise UsageError(f"{self.name} has no training split here. Those that have one: {', '.join(with_split())}.")
+        found = self.splits[split]
+        return replace(
+            self,
+            split=split,
+            layout=found.layout,
+            expected_images=found.expected_images,
+            synth_rules=replace(self.synth_rules, stems=found.stems),
+        )
+
+    @property
+    def wide(self) -> bool:
+        """Label files have 16 bits."""
+        return self.ignore_index > IGNORE_INDEX
+
+    @property
+    def id_table(self) -> Ids:
+        """The training id of each raw value 0..``ignore_index``."""
+        return train_id_table(self.reduce_zero_label, self.ignore_index, self.raw_ids)
+
+    @property
+    def stored_ids(self) -> tuple[int, ...]:
+        """The value that label files have for each class, K."""
+        return self.raw_ids or tuple(index + self.reduce_zero_label for index in range(self.num_classes))
 
     def words(self, wording: str) -> list[list[str]]:
         """The words of each class under a named wording: K lists of at least one word, in label order.
@@ -128,8 +187,15 @@ class Benchmark:
         """
         return complete_pairs(self.layout, self.name, self.labels_from, self.resolve_root(root))
 
-    def dataset_cfg(self, root: Path | str, *, short_side: int, long_side: int) -> dict[str, Any]:
-        """The mmengine config of an mmseg dataset over ``root``, to be built under the default scope ``mmseg``.
+    def dataset_cfg(
+        self,
+        root: Path | str,
+        *,
+        short_side: int = 0,
+        long_side: int = 2048,
+        pipeline: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """The mmengine config of an mmseg dataset over the split, to be built under the default scope ``mmseg``.
 
         The image is resized, the label never is: the annotations are loaded after the resizing.
 
@@ -137,14 +203,9 @@ class Benchmark:
             root: The data root or a folder above it.
             short_side: Short side of the network input in pixels; 0 leaves the image as it is.
             long_side: Upper limit of its long side in pixels.
+            pipeline: Transforms for training, in place of all these.
         """
         home = self.resolve_root(root)
-        # Only mmseg's LoadAnnotations knows reduce_zero_label; mmcv has a transform of the same name.
-        pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
-        if short_side:
-            pipeline.append({"type": "Resize", "scale": (long_side, short_side), "keep_ratio": True})
-        pipeline.append({"type": "mmseg.LoadAnnotations"})
-        pipeline.append({"type": "mmseg.PackSegInputs", "meta_keys": META_KEYS})
         cfg: dict[str, Any] = {
             "type": self.dataset_type,
             "data_root": str(home),
@@ -154,35 +215,46 @@ class Benchmark:
             "seg_map_suffix": self.layout.label_suffix,
             "reduce_zero_label": self.reduce_zero_label,
             "ignore_index": self.ignore_index,
-            "test_mode": True,
-            "pipeline": pipeline,
+            "test_mode": pipeline is None,
+            "pipeline": self._transforms(short_side, long_side) if pipeline is None else pipeline,
         }
-        if self.dataset_type == "BaseSegDataset":
-            # The other types have names of their own; giving them again, even equal ones, makes mmseg compare lists and
-            # map labels.
+        if self.dataset_type == "BaseSegDataset" or self.raw_ids:
+            # The other types have names of their own; giving them again makes mmseg compare lists and map labels, which
+            # is wanted only where the classes have another order than theirs.
             cfg["metainfo"] = {"classes": self.class_names, "palette": [list(colour) for colour in self.palette]}
         return cfg
 
-    def to_train_ids(self, label: npt.NDArray[np.generic]) -> UInt8:
-        """Training ids of a decoded label PNG, uint8 (H, W): what mmseg's ``LoadAnnotations`` makes of it.
+    def _transforms(self, short_side: int, long_side: int) -> list[dict[str, Any]]:
+        """The evaluation's transforms: image, resizing, label."""
+        steps: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+        if short_side:
+            steps.append({"type": "Resize", "scale": (long_side, short_side), "keep_ratio": True})
+        if self.wide:  # mmseg's own makes every label uint8
+            kinds = {"with_bbox": False, "with_label": False, "with_seg": True, "imdecode_backend": "pillow"}
+            steps.append({"type": "mmcv.LoadAnnotations", **kinds})
+        else:  # mmcv's knows neither reduce_zero_label nor label maps
+            steps.append({"type": "mmseg.LoadAnnotations"})
+        return [*steps, {"type": "mmseg.PackSegInputs", "meta_keys": META_KEYS}]
+
+    def to_train_ids(self, label: npt.NDArray[np.generic]) -> Ids:
+        """Training ids of a decoded label file (H, W), uint8 or uint16: what mmseg's ``LoadAnnotations`` makes of it.
 
         Args:
             label: Stored values (H, W): palette indices or grey values, not colours.
 
         Raises:
-            DataError: A coloured label or values above 255.
+            DataError: A coloured label or values above the ignore index.
         """
-        return train_id_table(self.reduce_zero_label)[index_label(label)]
+        return self.id_table[index_label(label, ignore_index=self.ignore_index)]
 
-    def load_label(self, path: Path | str) -> UInt8:
-        """Training ids of a label file, uint8 (H, W), every one a class or the ignore index.
+    def load_label(self, path: Path | str) -> Ids:
+        """Training ids of a label file (H, W), uint8 or uint16, every one a class or the ignore index.
 
         Raises:
             DataError: The file is missing, damaged or coloured, or holds ids that the benchmark does not have.
         """
         source = Path(path)
-        raw = index_label(decode_label(source), source)
-        train_ids = train_id_table(self.reduce_zero_label)[raw]
+        train_ids = self.id_table[index_label(decode_label(source), source, self.ignore_index)]
         self.require_in_range(train_ids, source)
         return train_ids
 
@@ -196,15 +268,21 @@ class Benchmark:
             raise DataError(
                 f"The label '{source}' holds the ids {id_ranges(raw)}, which {self.name} does not have (classes are "
                 f"{first}..{self.num_classes - 1 + first}). {self.labels_from}. "
-                f"'ovbench data check {self.name} --data-root ...' looks at all files."
+                f"'ovbench data check {self.name} --data-root ...{self.split_option}' looks at all files."
             )
 
+    @property
+    def split_option(self) -> str:
+        """What messages add to commands that look at this split."""
+        return "" if self.split == "val" else f" --split {self.split}"
+
     def fingerprint(self, root: Path | str) -> str:
-        """sha256 (hex) over the benchmark's name and version and, in order, names and sizes of all files.
+        """sha256 (hex) over the benchmark's name, version and split and, in order, names and sizes of all files.
 
         File contents are not read, so a change that keeps every size goes unseen.
         """
-        digest = hashlib.sha256(f"{self.name}\n{self.version}\n".encode())
+        split = "" if self.split == "val" else f"{self.split}\n"  # fingerprints of val are older than splits
+        digest = hashlib.sha256(f"{self.name}\n{self.version}\n{split}".encode())
         for pair in self.pairs(root):
             digest.update(f"{pair.stem}\t{os.path.getsize(pair.image)}\t{os.path.getsize(pair.label)}\n".encode())
         return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ovbench.benchmarks import get
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.benchmarks.labels import IGNORE_INDEX, id_ranges, train_id_table
+from ovbench.benchmarks.labels import id_ranges
 from ovbench.benchmarks.layout import Pair, Scan
 from ovbench.benchmarks.report import CheckReport, Level, Problem
 from ovbench.benchmarks.synth import is_synthetic
@@ -29,7 +30,7 @@ _ENOUGH_IDS = 90
 
 
 class _Seen(NamedTuple):
-    """What was found in one pair of files. ``counts`` are pixels per raw id, int64 (256,)."""
+    """What was found in one pair of files. ``counts`` are pixels per raw id, int64 (256,) or, of 16 bits, (65536,)."""
 
     pair: Pair
     image_error: str | None
@@ -38,6 +39,7 @@ class _Seen(NamedTuple):
     label_size: tuple[int, int] | None
     colour: str | None
     lossy: bool
+    narrow: bool
     widest: int
     counts: Counts | None
 
@@ -58,22 +60,23 @@ def _read_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
         return None, str(error) or type(error).__name__
 
 
-def _inspect(pair: Pair) -> _Seen:
-    """Opens one pair; never raises for what is in the files."""
+def _inspect(pair: Pair, largest: int) -> _Seen:
+    """Opens one pair; never raises for what is in the files. ``largest`` is the largest value that a label may have."""
     from PIL import Image
 
     image_size, image_error = _read_image(pair.image)
-    label_size, colour, lossy, widest, counts = None, None, False, 0, None
+    label_size, colour, lossy, narrow, widest, counts = None, None, False, False, 0, None
     try:
         with Image.open(pair.label) as label:
             label.load()
             label_size, lossy = label.size, label.format == "JPEG"
             if label.mode in ("L", "P"):
-                counts = np.array(label.histogram(), np.int64)
+                narrow, counts = True, np.zeros(largest + 1, np.int64)
+                counts[:256] = label.histogram()
             elif label.mode in ("1", "I", "I;16", "I;16B"):
                 values = np.asarray(label).astype(np.int64)
                 widest = int(values.max())
-                counts = np.bincount(values.clip(0, IGNORE_INDEX).ravel(), minlength=256).astype(np.int64)
+                counts = np.bincount(values.clip(0, largest).ravel(), minlength=largest + 1).astype(np.int64)
             else:
                 bands = [np.asarray(band) for band in label.split()]
                 grey = label.mode.startswith("RGB") and all((band == bands[0]).all() for band in bands[1:3])
@@ -81,7 +84,7 @@ def _inspect(pair: Pair) -> _Seen:
         label_error = None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         label_error = str(error) or type(error).__name__
-    return _Seen(pair, image_error, label_error, image_size, label_size, colour, lossy, widest, counts)
+    return _Seen(pair, image_error, label_error, image_size, label_size, colour, lossy, narrow, widest, counts)
 
 
 class _Findings:
@@ -89,11 +92,12 @@ class _Findings:
 
     def __init__(self, benchmark: Benchmark, root: Path) -> None:
         self.benchmark, self.root = benchmark, root
+        self.ids, self.ignored = benchmark.id_table.astype(np.int64), benchmark.ignore_index
         self.examples: dict[str, list[str]] = {}
         self.tally: Counter[str] = Counter()
         self.wrong_ids: set[int] = set()
-        self.files_with = np.zeros(256, np.int64)
-        self.pixels = np.zeros(256, np.int64)
+        self.files_with = np.zeros(self.ignored + 1, np.int64)
+        self.pixels = np.zeros(self.ignored + 1, np.int64)
         self.readable = 0
         self.only_ignored = 0
         self.problems: list[Problem] = []
@@ -125,19 +129,20 @@ class _Findings:
             self.note("colour_label", seen.pair.label, seen.colour)
         if seen.lossy:
             self.note("lossy_label", seen.pair.label)
-        if seen.widest > IGNORE_INDEX:
+        if seen.narrow and benchmark.wide:
+            self.note("narrow_ids", seen.pair.label)
+        if seen.widest > self.ignored:
             self.note("wide_ids", seen.pair.label, f"up to {seen.widest}")
-        if seen.counts is None or seen.widest > IGNORE_INDEX:
+        if seen.counts is None or seen.widest > self.ignored:
             return
-        present = seen.counts > 0
-        ids = train_id_table(benchmark.reduce_zero_label).astype(np.int64)
-        wrong = np.nonzero(present & (ids >= benchmark.num_classes) & (ids != IGNORE_INDEX))[0]
+        present, ids = seen.counts > 0, self.ids
+        wrong = np.nonzero(present & (ids >= benchmark.num_classes) & (ids != self.ignored))[0]
         if wrong.size:
             self.note("out_of_range", seen.pair.label, f"ids {id_ranges(wrong)}")
             self.wrong_ids |= set(wrong.tolist())
-        if not (present & (ids != IGNORE_INDEX)).any():
+        if not (present & (ids != self.ignored)).any():
             self.note("all_ignored", seen.pair.label)
-        if present[IGNORE_INDEX]:
+        if present[self.ignored]:
             self.note("has_255", seen.pair.label)
         if not present[0]:
             self.note("no_zero", seen.pair.label)
@@ -147,9 +152,13 @@ class _Findings:
 
     def class_pixels(self) -> Counts:
         """Pixels per training id 0..K-1."""
-        counts = np.zeros(256, np.int64)
-        np.add.at(counts, train_id_table(self.benchmark.reduce_zero_label), self.pixels)
+        counts = np.zeros_like(self.pixels)
+        np.add.at(counts, self.ids, self.pixels)
         return counts[: self.benchmark.num_classes]
+
+    def ignored_pixels(self) -> int:
+        """Pixels that no metric counts."""
+        return int(self.pixels[self.ids == self.ignored].sum())
 
     def judge_files(self) -> None:
         """Problems that single files show."""
@@ -171,8 +180,12 @@ class _Findings:
         if tally["lossy_label"]:
             text = f"{tally['lossy_label']} labels are JPEG data, which changes ids near borders."
             self.report("lossy_label", "error", text, f"Make them again as PNG: {made}")
+        if tally["narrow_ids"]:
+            classes = self.benchmark.num_classes
+            text = f"{tally['narrow_ids']} labels have 8 bits, which cannot tell {classes} classes apart."
+            self.report("narrow_ids", "error", text, f"Ids above 255 are lost in them. {made}")
         if tally["wide_ids"]:
-            text = f"{tally['wide_ids']} labels have values above 255."
+            text = f"{tally['wide_ids']} labels have values above {self.ignored}."
             self.report("wide_ids", "error", text, f"These look like instance ids, not class ids. {made}")
         if tally["out_of_range"]:
             low = 1 if self.benchmark.reduce_zero_label else 0
@@ -190,7 +203,7 @@ class _Findings:
             return
         many = self.readable >= _ENOUGH_FILES
         last = benchmark.num_classes - 1 + int(benchmark.reduce_zero_label)
-        with_zero, with_255 = self.files_with[0] / self.readable, self.files_with[IGNORE_INDEX] / self.readable
+        with_zero, with_255 = self.files_with[0] / self.readable, self.files_with[self.ignored] / self.readable
         # In labels that were reduced already, the last class is never found at its old place, and 0 is a class.
         moved = many and not self.files_with[last] and (benchmark.reduce_zero_label or with_zero < 0.8)
         meaning = "background" if benchmark.zero_in_most and benchmark.has_255 else "background or unlabelled"
@@ -201,9 +214,10 @@ class _Findings:
             fix = f"The ids look shifted by one (already reduced?). {made}"
             self.report("no_zero", "error" if moved else "warning", text, fix)
         if not benchmark.has_255 and tally["has_255"]:
-            text = f"{tally['has_255']} of {self.readable} labels have 255, which the official files do not have."
+            text = f"{tally['has_255']} of {self.readable} labels have {self.ignored}, which the official files do not have."
             shifted = moved and with_255 >= 0.2
-            fix = "The ids look shifted by one (already reduced: 0 is a class)." if shifted else "255 is not counted."
+            fix = f"{self.ignored} is not counted."
+            fix = "The ids look shifted by one (already reduced: 0 is a class)." if shifted else fix
             self.report("has_255", "error" if shifted else "warning", text, f"{fix} {made}")
         distinct = int((self.files_with > 0).sum())
         if benchmark.raw_gaps and distinct >= _ENOUGH_IDS and not self.files_with[list(benchmark.raw_gaps)].any():
@@ -249,7 +263,8 @@ def _judge_pairing(findings: _Findings, found: Scan, synthetic: bool) -> None:
         text = f"{len(found.extra_labels)} labels have no image and are not used."
         findings.report("extra_labels", "warning", text, "Fetch the missing images if the copy should be complete.")
     if found.listed != benchmark.expected_images and not synthetic:
-        text = f"{found.listed} images, but the official {benchmark.name} split has {benchmark.expected_images}."
+        which = benchmark.name if benchmark.split == "val" else f"{benchmark.name} {benchmark.split}"
+        text = f"{found.listed} images, but the official {which} split has {benchmark.expected_images}."
         fix = "Numbers from this copy cannot be compared with published ones."
         findings.report("count", "warning", text, fix)
 
@@ -258,36 +273,40 @@ def check(
     name: str,
     root: Path | str,
     *,
+    split: str = "val",
     workers: int | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """A report on the data of one benchmark; reads every pair, changes nothing.
+    """A report on the data of one split of a benchmark; reads every pair, changes nothing.
 
     Args:
         name: Benchmark id.
         root: Data root or a folder above it.
+        split: "val" or "train".
         workers: Threads; by default one per core, at most 16 (decoding runs outside Python's lock).
         limit: Open only the first pairs; names and pairing are checked for all.
         progress: Called with (pairs done, pairs in all).
 
     Raises:
-        UsageError: Unknown benchmark.
+        UsageError: Unknown benchmark, or it has no such split.
     """
-    benchmark = get(name)
+    benchmark = get(name).for_split(split)
     try:
         home = benchmark.resolve_root(root)
         found = benchmark.scan(home)
     except DataError as error:
         problem = Problem("layout", "error", str(error), "", 0)
-        return CheckReport(benchmark.name, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,))
+        return CheckReport(
+            benchmark.name, split, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,)
+        )
     synthetic = is_synthetic(home)
     findings = _Findings(benchmark, home)
     _judge_pairing(findings, found, synthetic)
     pairs = found.pairs[:limit]
     executor = ThreadPoolExecutor(max_workers=workers or min(16, os.cpu_count() or 1))
     try:
-        for done, seen in enumerate(executor.map(_inspect, pairs), 1):
+        for done, seen in enumerate(executor.map(partial(_inspect, largest=benchmark.ignore_index), pairs), 1):
             findings.add(seen)
             if progress:
                 progress(done, len(pairs))
@@ -298,28 +317,27 @@ def check(
     findings.judge_files()
     findings.judge_numbering()
     per_class, pixels = findings.class_pixels(), int(findings.pixels.sum())
-    ids = train_id_table(benchmark.reduce_zero_label)
-    ignored = int(findings.pixels[ids == IGNORE_INDEX].sum())
     return CheckReport(
         benchmark=benchmark.name,
+        split=split,
         root=str(home),
         synthetic=synthetic,
         expected=benchmark.expected_images,
         listed=found.listed,
         checked=len(pairs),
         classes_present=int((per_class > 0).sum()),
-        ignore_share=ignored / pixels if pixels else None,
+        ignore_share=findings.ignored_pixels() / pixels if pixels else None,
         problems=tuple(sorted(findings.problems, key=lambda problem: problem.level != "error")),
     )
 
 
-def quick_check(name: str, root: Path | str, first: int = 8) -> CheckReport:
+def quick_check(name: str, root: Path | str, first: int = 8, split: str = "val") -> CheckReport:
     """The report on the names of all files and the content of the first pairs, for use before a run.
 
     Raises:
         UsageError: Unknown benchmark.
         DataError: Any error; warnings are in the report.
     """
-    report = check(name, root, limit=first)
+    report = check(name, root, split=split, limit=first)
     report.raise_for_errors()
     return report

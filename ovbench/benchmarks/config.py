@@ -76,6 +76,10 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_order(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value) and set(value) == set(range(len(value)))
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -88,12 +92,15 @@ def _is_one_of(*allowed: object) -> Callable[[object], bool]:
     return lambda value: value in allowed
 
 
+# Sections that a config may leave out.
+_OPTIONAL = ("train",)
 # section -> key -> (required, test)
 _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     "benchmark": {
         "title": (True, _is_name),
         "version": (True, _is_size),
         "order": (True, _is_size),
+        "group": (False, _is_name),
         "num_classes": (True, _is_size),
         "has_background": (True, _is_flag),
         "expected_images": (True, _is_size),
@@ -110,8 +117,17 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "img_suffix": (True, _is_name),
         "seg_map_suffix": (True, _is_name),
         "reduce_zero_label": (True, _is_flag),
-        # mmseg's LoadAnnotations knows no other ignore index when it reduces the zero label.
-        "ignore_index": (True, _is_one_of(255)),
+        # The largest value of 8-bit and of 16-bit files.
+        "ignore_index": (True, _is_one_of(255, 65535)),
+        "raw_ids": (False, _is_order),
+    },
+    "train": {
+        "data_prefix": (True, _is_prefix),
+        "ann_file": (True, _is_text),
+        "expected_images": (True, _is_size),
+        "img_suffix": (False, _is_name),
+        "seg_map_suffix": (False, _is_name),
+        "stems": (True, _is_strings),
     },
     "synth": {
         "home": (True, _is_text),
@@ -119,7 +135,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "short": (True, _is_size),
         "long": (True, _is_size),
         "portraits": (True, _is_flag),
-        "label_mode": (True, _is_one_of("L", "P")),
+        "label_mode": (True, _is_one_of("L", "P", "I;16")),
         "void": (True, _is_one_of("none", "border", "patch", "strip")),
         "things": (True, _is_one_of("foreground", "any")),
         "always_zero": (False, _is_flag),
@@ -133,6 +149,8 @@ def validate_config(values: Mapping[str, Any], where: str) -> None:
     faults = [f"unknown section '{name}'" for name in values if name not in _SCHEMA]
     for section, keys in _SCHEMA.items():
         given = values.get(section)
+        if given is None and section in _OPTIONAL:
+            continue
         if not isinstance(given, dict):
             faults.append(f"section '{section} = dict(...)' is missing")
             continue
@@ -143,8 +161,24 @@ def validate_config(values: Mapping[str, Any], where: str) -> None:
                     faults.append(f"{section}.{key} is missing")
             elif not test(given[key]):
                 faults.append(f"{section}.{key} is {given[key]!r}")
+    if not faults:
+        faults = _contradictions(values)
     if faults:
         raise DataError(f"The dataset config '{where}' is not valid: {'; '.join(faults)}.")
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What does not fit together in a config whose keys are all fine."""
+    classes, dataset = values["benchmark"]["num_classes"], values["dataset"]
+    raw_ids, wide = dataset.get("raw_ids"), dataset["ignore_index"] > 255
+    faults = []
+    if raw_ids is not None and (len(raw_ids) != classes or dataset["reduce_zero_label"]):
+        faults.append(f"dataset.raw_ids must order 0..{classes - 1}, and cannot be combined with reduce_zero_label")
+    if wide and (dataset["reduce_zero_label"] or raw_ids is not None):
+        faults.append("16-bit labels (ignore_index 65535) are read as they are: no reduce_zero_label, no raw_ids")
+    if wide and "train" in values:
+        faults.append("16-bit labels can be evaluated, not trained on: mmseg's transforms would not crop them")
+    return faults
 
 
 def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovbench.benchmarks.benchmark import SynthRules
+from ovbench.benchmarks.benchmark import Split, SynthRules
 from ovbench.benchmarks.layout import Layout
 
 
@@ -18,6 +18,9 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
     """
     facts, dataset, synth = values["benchmark"], values["dataset"], values["synth"]
     rules: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in synth.items()}
+    splits = {"val": _split(values, {"expected_images": facts["expected_images"], "stems": synth["stems"]})}
+    if values.get("train") is not None:
+        splits["train"] = _split(values, values["train"])
     return {
         "name": name,
         "title": facts["title"],
@@ -26,6 +29,9 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "class_names": lists["class_names"],
         "has_background": facts["has_background"],
         "reduce_zero_label": dataset["reduce_zero_label"],
+        "ignore_index": dataset["ignore_index"],
+        "raw_ids": tuple(dataset.get("raw_ids", ())),
+        "group": facts.get("group", "own"),
         "expected_images": facts["expected_images"],
         "palette": lists["palette"],
         "wordings": tuple(lists["wordings"]),
@@ -33,15 +39,23 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "zero_in_most": facts["zero_in_most"],
         "has_255": facts["has_255"],
         "raw_gaps": tuple(facts.get("raw_gaps", ())),
-        "layout": Layout(
-            image_dir=dataset["data_prefix"]["img_path"],
-            label_dir=dataset["data_prefix"]["seg_map_path"],
-            split_file=dataset["ann_file"],
-            image_suffix=dataset["img_suffix"],
-            label_suffix=dataset["seg_map_suffix"],
-            homes=tuple(facts["homes"]),
-        ),
+        "layout": splits["val"].layout,
+        "splits": splits,
         "synth_rules": SynthRules(**rules),
         "dataset_type": dataset["type"],
         "word_lists": lists["wordings"],
     }
+
+
+def _split(values: dict[str, Any], given: dict[str, Any]) -> Split:
+    """One split; what its section leaves out is as in ``dataset``."""
+    section = {**values["dataset"], **given}
+    layout = Layout(
+        image_dir=section["data_prefix"]["img_path"],
+        label_dir=section["data_prefix"]["seg_map_path"],
+        split_file=section["ann_file"],
+        image_suffix=section["img_suffix"],
+        label_suffix=section["seg_map_suffix"],
+        homes=tuple(values["benchmark"]["homes"]),
+    )
+    return Split(layout, section["expected_images"], tuple(section["stems"]))

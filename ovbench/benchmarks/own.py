@@ -172,12 +172,15 @@ def _complete(values: dict[str, Any], origin: str) -> dict[str, Any]:
         **values["dataset"],
     }
     synth = values.get("synth", {})
+    if isinstance(values.get("train"), dict):
+        values = {**values, "train": {"ann_file": "", "stems": ["train_{i:04d}"], **values["train"]}}
     complete = {**values, "benchmark": facts, "dataset": dataset}
     complete["synth"] = {**_SYNTH, **synth} if isinstance(synth, dict) else synth
     validate_config(complete, origin)
-    most = IGNORE_INDEX - 1 if dataset["reduce_zero_label"] else IGNORE_INDEX
+    most = dataset["ignore_index"] - dataset["reduce_zero_label"]
     if facts["num_classes"] > most:
-        raise DataError(f"'{origin}' has {facts['num_classes']} classes, but 8-bit label files tell {most} apart.")
+        bits = 8 if dataset["ignore_index"] == IGNORE_INDEX else 16
+        raise DataError(f"'{origin}' has {facts['num_classes']} classes, but {bits}-bit label files tell {most} apart.")
     return complete
 
 

@@ -37,6 +37,7 @@ class CheckReport:
 
     Attributes:
         benchmark: Benchmark id.
+        split: "val" or "train".
         root: Resolved data root, or what was given where none was found.
         synthetic: The root is a generated copy.
         expected: Images of the official split.
@@ -48,6 +49,7 @@ class CheckReport:
     """
 
     benchmark: str
+    split: str
     root: str
     synthetic: bool
     expected: int

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ovbench.benchmarks import get
-from ovbench.benchmarks.labels import IGNORE_INDEX, UInt8
+from ovbench.benchmarks import get, synth_classes
+from ovbench.benchmarks.labels import Ids
+from ovbench.benchmarks.synth_classes import Vocabulary
 from ovbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -27,69 +28,12 @@ if TYPE_CHECKING:
 MARKER = ".ovbench-synth.json"
 # Raised whenever the same arguments give other files.
 GENERATOR_VERSION = 1
-_MOST_IMAGES = 5000
+MOST_IMAGES = 5000  # of a split
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The words that a benchmark's scenes are made of, and the raw label value of each."""
-
-    words: tuple[str, ...]
-    raw_ids: UInt8
-    things: tuple[str, ...] | None
-    classes: tuple[str, ...]  # one word per class that scenes should cover
-    always: tuple[str, ...]
-
-
-def _vocabulary(benchmark: Benchmark) -> _Vocabulary:
-    """Words of the customary wording that the generator knows, each look claimed by one class only."""
-    from ovbench.builtin.scenes import appearance_key
-
-    rules = benchmark.synth_rules
-    first = 1 if benchmark.reduce_zero_label else 0
-    per_id = {index + first: words for index, words in enumerate(benchmark.words(benchmark.wordings[0]))}
-    if rules.zero_words:
-        per_id[0] = list(rules.zero_words)
-    zero_is_rest = benchmark.has_background or bool(rules.zero_words)
-    # Classes claim looks before "everything else" does: coco_object has "bed" both as a class and as background.
-    order = sorted(per_id, key=lambda raw: (raw == 0 and zero_is_rest, raw))
-    taken: set[str] = set()
-    chosen: dict[int, list[str]] = {}
-    for raw in order:
-        words = [word for word in per_id[raw] if appearance_key(word) not in taken | {None}]
-        taken |= {str(appearance_key(word)) for word in words}
-        if words:
-            chosen[raw] = words
-    classes = [words[0] for raw, words in chosen.items() if not (raw == 0 and zero_is_rest)]
-    things = tuple(word for raw, words in chosen.items() if raw != 0 for word in words)
-    return _Vocabulary(
-        words=tuple(word for words in chosen.values() for word in words),
-        raw_ids=np.array([raw for raw, words in chosen.items() for _ in words], np.uint8),
-        things=things if rules.things == "foreground" else None,
-        classes=tuple(classes),
-        always=(chosen[0][0],) if rules.always_zero and 0 in chosen else (),
-    )
-
-
-def _number(benchmark: Benchmark, seed: int, index: int) -> int:
-    """The seed of one image, below 2**32; training seeds lie from 2**40."""
-    return zlib.crc32(f"{benchmark.name}:{seed}:{index}".encode())
-
-
-def _included(vocabulary: _Vocabulary, benchmark: Benchmark, images: int, seed: int) -> list[list[str]]:
-    """For each image the words that it must show, so that the images together cover as many classes as they can."""
-    count = len(vocabulary.classes)
-    each = min(6, max(3, -(-count // images)), count)
-    rng = np.random.Generator(np.random.PCG64(_number(benchmark, seed, -1)))
-    order: list[str] = []
-    while len(order) < each * images:
-        order += [vocabulary.classes[int(i)] for i in rng.permutation(count)]
-    return [[*vocabulary.always, *order[i * each : (i + 1) * each]] for i in range(images)]
-
-
-def _spoil(benchmark: Benchmark, raw: UInt8, rng: np.random.Generator) -> UInt8:
+def _spoil(benchmark: Benchmark, raw: Ids, rng: np.random.Generator) -> Ids:
     """``raw`` with the unlabelled pixels that the benchmark's real files have."""
-    void = 0 if benchmark.reduce_zero_label and not benchmark.has_255 else IGNORE_INDEX
+    void = 0 if benchmark.reduce_zero_label and not benchmark.has_255 else benchmark.ignore_index
     height, width = raw.shape
     spoiled = raw.copy()
     if benchmark.synth_rules.void == "border":
@@ -117,31 +61,59 @@ def _colormap() -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Everything that decides the files of one generated copy."""
+class _Part:
+    """One split of a generated copy.
+
+    Attributes:
+        benchmark: Looked at in that split.
+        images: How many.
+        exponent: Of the fall of class occurrence with the class number; 0 is even.
+    """
 
     benchmark: Benchmark
     images: int
-    seed: int
+    exponent: float
 
-    def stem(self, index: int) -> str:
-        stems = self.benchmark.synth_rules.stems
-        return stems[index % len(stems)].format(i=index + 1)
+    @property
+    def stems(self) -> list[str]:
+        """The stems of the images in the order in which they are made."""
+        patterns = self.benchmark.synth_rules.stems
+        return [patterns[index % len(patterns)].format(i=index + 1) for index in range(self.images)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that decides the files of one generated copy."""
+
+    parts: tuple[_Part, ...]
+    vocabulary: Vocabulary
+    seed: int
+    classes: int | None
+    size: tuple[int, int] | None
+
+    @property
+    def benchmark(self) -> Benchmark:
+        return self.parts[0].benchmark
 
     def identity(self) -> dict[str, Any]:
         """What the marker records; the same identity means the same files."""
         from ovbench.builtin.scenes import render
 
-        vocabulary = _vocabulary(self.benchmark)
+        found, rules = self.vocabulary, [asdict(part.benchmark.synth_rules) for part in self.parts]
         # A small scene of the whole vocabulary stands for the generator's code and its table of looks.
-        probe = render(vocabulary.words, 64, 96, self.seed, things=vocabulary.things)
-        rules = json.dumps([asdict(self.benchmark.synth_rules), vocabulary.words, vocabulary.raw_ids.tolist()])
-        digest = hashlib.sha256(rules.encode() + probe.image.tobytes() + probe.label.tobytes())
+        probe = render(found.words, 64, 96, self.seed, things=found.things)
+        text = json.dumps([*rules, found.words, found.raw_ids.tolist()])
+        digest = hashlib.sha256(text.encode() + probe.image.tobytes() + probe.label.tobytes())
+        images = {part.benchmark.split: part.images for part in self.parts}
         return {
             "generator": GENERATOR_VERSION,
             "benchmark": self.benchmark.name,
             "version": self.benchmark.version,
-            "images": self.images,
+            "images": images.get("val", 0),
+            "train_images": images.get("train", 0),
+            "long_tail": max(part.exponent for part in self.parts),
+            "classes": self.classes,
+            "size": None if self.size is None else list(self.size),
             "seed": self.seed,
             "content_sha256": digest.hexdigest(),
         }
@@ -191,26 +163,26 @@ def _text(path: Path, text: str) -> None:
 
 
 def _write_pair(
-    plan: _Plan, vocabulary: _Vocabulary, index: int, include: Sequence[str], image: Path, label: Path
+    part: _Part, found: Vocabulary, index: int, include: Sequence[str], seed: int, image: Path, label: Path
 ) -> None:
     from PIL import Image
 
     from ovbench.builtin.scenes import render
 
-    rules = plan.benchmark.synth_rules
+    rules = part.benchmark.synth_rules
     height, width = rules.short, rules.long
     if rules.portraits and index % 3 == 2:
         height, width = width, height
-    number = _number(plan.benchmark, plan.seed, index)
-    scene = render(vocabulary.words, height, width, number, things=vocabulary.things, include=include)
-    raw = _spoil(plan.benchmark, vocabulary.raw_ids[scene.label], np.random.Generator(np.random.PCG64(number)))
+    number = synth_classes.number(part.benchmark, seed, index)
+    scene = render(found.words, height, width, number, things=found.things, include=include)
+    raw = _spoil(part.benchmark, found.raw_ids[scene.label], np.random.Generator(np.random.PCG64(number)))
     picture, mask = Image.fromarray(scene.image), Image.fromarray(raw)
     if rules.label_mode == "P":
         mask.putpalette(_colormap())
     # 4:4:4 and high quality: chroma subsampling would wash out the fine textures by which classes are told apart.
     options: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0} if image.suffix == ".jpg" else {}
     _write(image, lambda path: picture.save(path, **(options or {"format": "PNG"})))
-    _write(label, lambda path: mask.save(path, format="PNG"))
+    _write(label, lambda path: mask.save(path, format="TIFF" if label.suffix in (".tif", ".tiff") else "PNG"))
 
 
 def synth(
@@ -219,6 +191,11 @@ def synth(
     images: int = 16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    train_images: int = 0,
+    long_tail: float = 0.0,
+    classes: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Path:
     """The data root of a generated copy of a benchmark below ``out``, written now or found complete.
 
@@ -228,25 +205,69 @@ def synth(
     Args:
         name: Benchmark id.
         out: Folder that is empty, missing, or was made by this function.
-        images: Number of images.
+        images: Number of validation images. They show all classes evenly, whatever ``long_tail`` says, so that the tail
+            can be scored as well.
         seed: Which copy; every seed is held out from the training of the built-in CLIP.
         progress: Called with (images done, images in all).
+        train_images: Number of training images, with other seeds than any of validation.
+        long_tail: In training, the r-th class that the generator knows (label order) occurs in images in proportion to
+            r**-long_tail; 0 is even.
+        classes: Draw only the first so many of the classes that the generator knows; by default all.
+        size: Short and long side of the images in pixels; by default the benchmark's.
 
     Raises:
-        UsageError: Unknown benchmark, or a number of images or a seed out of range.
+        UsageError: Unknown benchmark, one without training split where training images are wanted, or a number out of
+            range.
         DataError: ``out`` holds files that this function did not make, or cannot be written.
     """
     benchmark = get(name)
-    if not 1 <= images <= _MOST_IMAGES:
-        raise UsageError(f"The number of images is {images}; it must be 1 to {_MOST_IMAGES}.")
-    if not 0 <= seed < 1 << 32:
-        raise UsageError(f"The seed is {seed}; it must be 0 to {(1 << 32) - 1}.")
+    _require_range("number of images", images, 0 if train_images else 1, MOST_IMAGES)
+    _require_range("number of training images", train_images, 0, MOST_IMAGES)
+    _require_range("seed", seed, 0, (1 << 32) - 1)
+    if not 0 <= long_tail <= 10:
+        raise UsageError(f"The exponent of the long tail is {long_tail}; it must be 0 to 10.")
+    if long_tail and not train_images:
+        raise UsageError(
+            "Only training images are long-tailed: validation covers all classes. Ask for training images."
+        )
+    found = synth_classes.vocabulary(benchmark)
+    if classes is not None:
+        _require_range(f"number of classes of generated {name} images", classes, 1, len(found.classes))
+    if size is not None:
+        _require_range("short side", size[0], 32, size[1])
+        _require_range("long side", size[1], 32, 2048)
+    wanted = {"val": (images, 0.0), "train": (train_images, long_tail)}
+    parts = [
+        _Part(_sized(benchmark.for_split(split), size), count, exponent)
+        for split, (count, exponent) in wanted.items()
+        if count
+    ]
     target = Path(out).expanduser()
     try:
-        return _synth(_Plan(benchmark, images, seed), target, progress)
+        return _synth(_Plan(tuple(parts), found.first(classes), seed, classes, size), target, progress)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"The generated copy of {name} cannot be written to '{target}': {reason}.") from error
+
+
+def known_classes(name: str) -> int:
+    """How many of a benchmark's classes the generator can draw.
+
+    Raises:
+        UsageError: Unknown benchmark.
+    """
+    return len(synth_classes.vocabulary(get(name)).classes)
+
+
+def _require_range(what: str, given: int, least: int, most: int) -> None:
+    if not least <= given <= most:
+        raise UsageError(f"The {what} is {given}; it must be {least} to {most}.")
+
+
+def _sized(benchmark: Benchmark, size: tuple[int, int] | None) -> Benchmark:
+    if size is None:
+        return benchmark
+    return replace(benchmark, synth_rules=replace(benchmark.synth_rules, short=size[0], long=size[1]))
 
 
 def _is_complete(out: Path, marker: dict[str, Any], identity: dict[str, Any]) -> bool:
@@ -257,35 +278,48 @@ def _is_complete(out: Path, marker: dict[str, Any], identity: dict[str, Any]) ->
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
+def _shown(plan: _Plan, part: _Part) -> Iterator[tuple[Vocabulary, list[str]]]:
+    """For each image its vocabulary and the words of it that must be there."""
+    seed = synth_classes.number(part.benchmark, plan.seed, -1)
+    if not part.exponent:
+        for include in synth_classes.evenly(plan.vocabulary, part.images, seed):
+            yield plan.vocabulary, include
+        return
+    for words in synth_classes.long_tailed(plan.vocabulary, part.images, part.exponent, seed):
+        yield plan.vocabulary.only(words), [*plan.vocabulary.always, *words]
+
+
 def _synth(plan: _Plan, out: Path, progress: Callable[[int, int], None] | None) -> Path:
-    layout, home = plan.benchmark.layout, plan.benchmark.synth_rules.home
-    root = out / home if home else out
-    identity = plan.identity()
+    home = plan.benchmark.synth_rules.home
+    root, prefix = (out / home, f"{home}/") if home else (out, "")
+    identity, total = plan.identity(), sum(part.images for part in plan.parts)
     before = _read_marker(out)
     if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"'{out}' is not empty and was not made by 'ovbench data synth': give a new folder as --out.")
     old_files = {} if before is None else before["files"]
     if before is not None and _is_complete(out, before, identity):
         if progress:
-            progress(plan.images, plan.images)
+            progress(total, total)
         return root
 
-    vocabulary = _vocabulary(plan.benchmark)
-    prefix = f"{home}/" if home else ""
-    stems = [plan.stem(index) for index in range(plan.images)]
-    pairs = [(prefix + layout.image(stem), prefix + layout.label(stem)) for stem in stems]
-    lists = [prefix + layout.split_file] if layout.split_file else []
-    files = [file for pair in pairs for file in pair] + lists
+    pairs: list[tuple[_Part, int, str, str]] = []
+    lists: dict[str, str] = {}
+    for part in plan.parts:
+        layout, stems = part.benchmark.layout, part.stems
+        pairs += [(part, i, prefix + layout.image(stem), prefix + layout.label(stem)) for i, stem in enumerate(stems)]
+        if layout.split_file:
+            lists[prefix + layout.split_file] = "".join(f"{stem}\n" for stem in sorted(stems))
+    files = [file for _, _, *both in pairs for file in both] + list(lists)
     out.mkdir(parents=True, exist_ok=True)
     # The unfinished marker names old and new files, so that an interrupted call leaves nothing that is not ours.
     _write_marker(out, identity, dict.fromkeys([*old_files, *files], -1), complete=False)
-    includes = _included(vocabulary, plan.benchmark, plan.images, plan.seed)
-    for index, (image, label) in enumerate(pairs):
-        _write_pair(plan, vocabulary, index, includes[index], _inside(out, image), _inside(out, label))
+    shown = [each for part in plan.parts for each in _shown(plan, part)]
+    for done, ((part, index, image, label), (found, include)) in enumerate(zip(pairs, shown, strict=True), 1):
+        _write_pair(part, found, index, include, plan.seed, _inside(out, image), _inside(out, label))
         if progress:
-            progress(index + 1, plan.images)
-    for file in lists:
-        _write(_inside(out, file), lambda path: _text(path, "".join(f"{stem}\n" for stem in sorted(stems))))
+            progress(done, total)
+    for file, text in lists.items():
+        _write(_inside(out, file), partial(_text, text=text))
     for file in sorted(set(old_files) - set(files)):
         _inside(out, file).unlink(missing_ok=True)
     _write_marker(out, identity, {file: (out / file).stat().st_size for file in files}, complete=True)

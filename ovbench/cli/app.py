@@ -18,10 +18,12 @@ from ovbench.cli.env import env
 from ovbench.cli.list import list_names
 from ovbench.cli.predict import predict
 from ovbench.cli.profile import profile
+from ovbench.cli.prompts import app as prompts_app
 from ovbench.cli.report import report
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
 from ovbench.cli.table import table
+from ovbench.cli.train import train
 from ovbench.cli.verify import verify
 from ovbench.errors import OvbenchError, OvbenchWarning
 
@@ -70,6 +72,7 @@ def ovbench(
 
 app.command("run")(run)
 app.command("predict")(predict)
+app.command("train")(train)
 app.command("list")(list_names)
 app.command("table")(table)
 app.command("compare")(compare)
@@ -77,6 +80,7 @@ app.command("profile")(profile)
 app.command("report")(report)
 app.command("verify")(verify)
 app.add_typer(data_app, name="data", help="Make and check copies of the benchmarks.")
+app.add_typer(prompts_app, name="prompts", help="Show, check or generate descriptions of classes.")
 app.command("env")(env)
 app.command("schema")(schema)
 

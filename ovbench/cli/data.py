@@ -1,4 +1,4 @@
-"""``ovbench data``: generated copies of the benchmarks, and checks of what lies on disk."""
+"""``ovbench data``: generated copies of the benchmarks, checks and class frequencies of what lies on disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import console, print_json, print_text
-from ovbench.errors import DataError, UsageError
+from ovbench.cli.console import console, print_json, print_rich, print_text
+from ovbench.errors import DataError, UsageError, unknown_name
 
-app = typer.Typer(name="data", help="Make small generated data, or check your own.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ovbench.benchmarks.benchmark import Benchmark
+    from ovbench.benchmarks.frequencies import Frequencies
+    from ovbench.benchmarks.report import CheckReport
+
+app = typer.Typer(
+    name="data", help="Make small generated data, check your own, or count its classes.", no_args_is_help=True
+)
+
+TRAIN_IMAGES = 64
 
 
 @contextmanager
@@ -34,7 +43,22 @@ def synth(
         list[str], typer.Argument(metavar="NAME...", help="Benchmarks ('ovbench list datasets'), or all.")
     ],
     out: Annotated[Path, typer.Option(help="Folder; each benchmark goes into OUT/NAME.")] = Path("data/synth"),
-    images: Annotated[int, typer.Option(help="Images per benchmark.")] = 16,
+    split: Annotated[
+        str, typer.Option(help="val, train or all: which splits; of 'all' benchmarks those that have it.")
+    ] = "val",
+    images: Annotated[int, typer.Option(help="Validation images per benchmark.")] = 16,
+    train_images: Annotated[int, typer.Option(help="Training images per benchmark.")] = TRAIN_IMAGES,
+    long_tail: Annotated[
+        float,
+        typer.Option(
+            metavar="EXPONENT",
+            help="Class number r is in training images in proportion to r^-EXPONENT; validation shows all evenly.",
+        ),
+    ] = 0.0,
+    classes: Annotated[int | None, typer.Option(help="Draw only the first N classes that can be drawn.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="SHORTxLONG", help="Size in pixels, e.g. 128x160; by default the benchmark's.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Which copy; every seed is held out from the built-in CLIP's training.")
     ] = 0,
@@ -48,24 +72,55 @@ def synth(
     Examples:
     ovbench data synth voc21
     ovbench data synth all --images 24 --out scenes
+    ovbench data synth ade20k --split all --train-images 400 --long-tail 1 --size 128x160
     ovbench run --method sc-clip --weights builtin --dataset voc21 --data-root scenes
     """
-    from ovbench.benchmarks import get
+    from ovbench.benchmarks import get, with_split
     from ovbench.benchmarks import names as known
     from ovbench.benchmarks.synth import synth as write
 
-    chosen = known() if "all" in names else list(dict.fromkeys(names))
+    counts = _counts(split, images, train_images)
+    chosen = list(dict.fromkeys(names))
+    if "all" in names:
+        chosen = with_split("train") if counts["train_images"] else known()
     for name in chosen:
-        get(name)  # an unknown name must not leave half of the copies behind
+        benchmark = get(name)  # an unknown name must not leave half of the copies behind
+        if counts["train_images"]:
+            benchmark.for_split("train")
+    options: dict[str, Any] = {**counts, "seed": seed, "long_tail": long_tail, "classes": classes, "size": _size(size)}
     written = []
     for name in chosen:
         with _bar(name) as progress:
-            root = write(name, out / get(name).name, images=images, seed=seed, progress=progress)
-        written.append({"benchmark": name, "root": str(root), "images": images, "seed": seed})
+            root = write(name, out / get(name).name, progress=progress, **options)
+        written.append({"benchmark": name, "root": str(root), **options})
         if not as_json:
-            print_text(f"{name}: {images} images in {root}")
+            made = {"images": counts["images"], "training images": counts["train_images"]}
+            text = " and ".join(f"{count} {what}" for what, count in made.items() if count)
+            print_text(f"{name}: {text} in {root}")
     if as_json:
         print_json(written)
+
+
+def _counts(split: str, images: int, train_images: int) -> dict[str, int]:
+    """How many images of each split are asked for."""
+    if split not in ("val", "train", "all"):
+        raise unknown_name("split", split, ("val", "train", "all"))
+    if split == "val" and train_images != TRAIN_IMAGES:
+        raise UsageError("--train-images goes with --split train or --split all; the default is val alone.")
+    return {
+        "images": 0 if split == "train" else images,
+        "train_images": 0 if split == "val" else train_images,
+    }
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Short and long side of "128x160"."""
+    if text is None:
+        return None
+    short, cross, long = text.lower().partition("x")
+    if not (cross and short.isdecimal() and long.isdecimal()):
+        raise UsageError(f"The size is '{text}'; give short and long side in pixels, e.g. --size 128x160.")
+    return int(short), int(long)
 
 
 @app.command()
@@ -75,8 +130,9 @@ def check(
         Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core.")] = None,
+    split: Annotated[str, typer.Option(help="val, train (where the benchmark has it), or all.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Open only the first N pairs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report (of all: a list) as JSON.")] = False,
 ) -> None:
     """Look for missing, damaged, mismatched or wrongly numbered files, each with examples and the fix.
 
@@ -86,26 +142,114 @@ def check(
     Examples:
     ovbench data check voc21 --data-root ~/data
     ovbench data check cityscapes --data-root /data/cityscapes --json
+    ovbench data check ade20k --data-root ~/data --split train
     ovbench data check ./mydata
     """
     from ovbench.benchmarks import get, own_root
     from ovbench.benchmarks.check import check as examine
-    from ovbench.benchmarks.report import describe
 
-    root = data_root or own_root(get(name))
+    benchmark = get(name)
+    root = _root_of(name, data_root, own_root(benchmark))
+    splits = list(benchmark.splits) if split == "all" else [benchmark.for_split(split).split]
+    reports = []
+    for one in splits:
+        with _bar(f"check {name} {one}") as progress:
+            reports.append(examine(name, root, split=one, workers=workers, limit=limit, progress=progress))
+        if not as_json:
+            _print_report(reports[-1])
+    if as_json:
+        print_json([report.to_json() for report in reports] if split == "all" else reports[0].to_json())
+    if not all(report.ok for report in reports):
+        raise typer.Exit(DataError.exit_code)
+
+
+def _root_of(name: str, given: Path | None, own: Path | None) -> Path:
+    root = given or own
     if root is None:
         raise UsageError(f"Where is the {name} data? Give its folder with --data-root DIR.")
-    with _bar(f"check {name}") as progress:
-        report = examine(name, root, workers=workers, limit=limit, progress=progress)
+    return root
+
+
+def _print_report(report: CheckReport) -> None:
+    """Problems, then one line that sums up."""
+    from ovbench.benchmarks.report import describe
+
+    for problem in report.problems:
+        print_text(describe(problem))
+    found = f"{report.checked} of {report.listed} pairs opened, {report.classes_present} classes"
+    ignored = "" if report.ignore_share is None else f", {100 * report.ignore_share:.1f} % of pixels ignored"
+    state = "ok" if report.ok else "not usable"
+    made = " (generated)" if report.synthetic else ""
+    which = report.benchmark if report.split == "val" else f"{report.benchmark} {report.split}"
+    print_text(f"{which}: {state}: {report.root}{made}: {found}{ignored}")
+
+
+@app.command()
+def frequencies(
+    name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets'), or the path of your own.")],
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read labels; 0 reads them in this one.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Count how often each class occurs in the labels: pixels, their share, and images.
+
+    Counted once and kept in ovbench's cache folder for as long as names and sizes of the files stay the same.
+
+    \b
+    Examples:
+    ovbench data frequencies ade20k --data-root ~/data
+    ovbench data frequencies coco_stuff --data-root ~/data --workers 8 --json
+    """
+    from ovbench.benchmarks import get, own_root
+    from ovbench.benchmarks.frequencies import frequencies as count
+
+    benchmark = get(name)
+    root = _root_of(name, data_root, own_root(benchmark))
+    benchmark = benchmark.for_split(split)
+    with _bar(f"count {name} {split}") as progress:
+        found = count(benchmark, root, workers=workers, progress=progress)
+    rows = _class_rows(benchmark, found)
     if as_json:
-        print_json(report.to_json())
+        head = {"benchmark": benchmark.name, "split": split, "files": found.files, "ignored": found.ignored}
+        print_json({**head, "classes": rows})
     else:
-        for problem in report.problems:
-            print_text(describe(problem))
-        found = f"{report.checked} of {report.listed} pairs opened, {report.classes_present} classes"
-        ignored = "" if report.ignore_share is None else f", {100 * report.ignore_share:.1f} % of pixels ignored"
-        state = "ok" if report.ok else "not usable"
-        made = " (generated)" if report.synthetic else ""
-        print_text(f"{report.benchmark}: {state}: {report.root}{made}: {found}{ignored}")
-    if not report.ok:
-        raise typer.Exit(DataError.exit_code)
+        _print_frequencies(benchmark, found, rows)
+
+
+def _class_rows(benchmark: Benchmark, found: Frequencies) -> list[dict[str, Any]]:
+    """One entry per class in label order; shares are of the counted pixels."""
+    from ovbench.benchmarks.frequencies import thirds
+
+    third_of = {index: third for third, part in thirds(found.pixels)._asdict().items() for index in part}
+    total = int(found.pixels.sum())
+    return [
+        {
+            "index": index,
+            "name": name,
+            "pixels": int(found.pixels[index]),
+            "share": int(found.pixels[index]) / total if total else None,
+            "images": int(found.images[index]),
+            "third": third_of.get(index),
+        }
+        for index, name in enumerate(benchmark.class_names)
+    ]
+
+
+def _print_frequencies(benchmark: Benchmark, found: Frequencies, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(f"{benchmark.name} {benchmark.split}: {found.files} images", style="bold"))
+    for heading in ("class", "pixels", "share", "images", "third"):
+        grid.add_column(heading, justify="left" if heading in ("class", "third") else "right")
+    for row in sorted(rows, key=lambda row: -int(row["pixels"])):
+        share = "" if row["share"] is None else f"{100 * row['share']:.3f} %"
+        cells = (row["name"], f"{row['pixels']:,}", share, str(row["images"]), row["third"] or "never")
+        grid.add_row(*(Text(cell) for cell in cells))
+    print_rich(grid)
+    every = found.ignored + int(found.pixels.sum())
+    if every:
+        print_text(f"{100 * found.ignored / every:.2f} % of all pixels are ignored; shares are of the others.")

@@ -38,10 +38,10 @@ def list_names(
 def _methods() -> Entries:
     from ovbench.registry import method_info, method_names
 
-    infos = [method_info(name) for name in method_names()]
-    return [
-        {"name": info.name, "summary": info.summary, "paper": info.paper, "protocol": info.protocol} for info in infos
-    ]
+    infos = [method_info(name) for name in method_names(None)]
+    infos.sort(key=lambda info: info.track, reverse=True)  # open vocabulary first
+    keys = ("name", "summary", "paper", "track", "protocol")
+    return [{key: getattr(info, key) for key in keys} for info in infos]
 
 
 def _datasets() -> Entries:
@@ -56,6 +56,8 @@ def _datasets() -> Entries:
             "classes": item.num_classes,
             "background": item.has_background,
             "images": item.expected_images,
+            "splits": list(item.splits),
+            "group": item.group,
             "wordings": list(item.wordings),
         }
         for item in found

@@ -50,7 +50,7 @@ def predict(
     logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.")] = None,
     prob_thd: Annotated[float | None, typer.Option(help="Below this probability: the first class.")] = None,
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
-    templates: Annotated[str | None, typer.Option(help="imagenet80, plain, or a file with one template per line.")] = None,
+    templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
     pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.")] = None,
     upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,

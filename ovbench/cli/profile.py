@@ -21,12 +21,12 @@ WHAT, PROTOCOL, WORK = "What to profile", "Whole image", "How to measure"
 
 
 def profile(
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), PATH.py:Class, or with --part decode_head a closed-set head, bare or as caa-HEAD or ecac-HEAD: fcn, psp, ccnet, deeplabv3, deeplabv3plus, uper.", rich_help_panel=WHAT)] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), PATH.py:Class, or with --part decode_head a closed-set head, bare or as caa-HEAD or ecac-HEAD: fcn, psp, ccnet, deeplabv3, deeplabv3plus, uper, isnet, segnext.", rich_help_panel=WHAT)] = None,
     solver: Annotated[str | None, typer.Option(help="Discrepancy solver, as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
     base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on.", rich_help_panel=WHAT)] = None,
     attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip.", rich_help_panel=WHAT)] = None,
     attention_weights: Annotated[str | None, typer.Option(help="Its weights. Default: random where --weights is random or builtin.", rich_help_panel=WHAT)] = None,
-    part: Annotated[str | None, typer.Option(help="decode_head: a closed-set head alone, on ResNet features.", rich_help_panel=WHAT)] = None,
+    part: Annotated[str | None, typer.Option(help="decode_head: a closed-set head alone, on features of its encoder (--arch; default resnet50-v1c).", rich_help_panel=WHAT)] = None,
     arch: Annotated[str | None, typer.Option(help="open_clip architecture; default ViT-B-16.", rich_help_panel=WHAT)] = None,
     weights: Annotated[str, typer.Option(help="random (nothing is downloaded, the cost is the same), builtin, a tag or a file.", rich_help_panel=WHAT)] = "random",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method; may be repeated.", rich_help_panel=WHAT)] = None,
@@ -149,11 +149,10 @@ def _head_spec(
     if fields["part"] != "decode_head":
         raise UsageError(f"--part {fields['part']!r}: the only part is decode_head.")
     given = [name for name, value in {"input": input, **overrides}.items() if value is not None]
-    given += [name for name in ("arch", "method_options") if fields[name]]
     if given:
-        names = ", ".join("--" + name.replace("method_options", "option").replace("_", "-") for name in given)
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --classes N.")
-    hosts.head_config(hosts.addon_and_host(fields["method"])[1])
+    hosts.head_config(hosts.addon_and_host(fields["method"])[1], encoder=fields["arch"])
     hosts.feature_grids(features or "64x64")
     chosen = classes or fields["dataset"]
     number = None

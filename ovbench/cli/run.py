@@ -51,7 +51,9 @@ def run(
     upsample: Annotated[str | None, typer.Option(help="Patch logits to the input's size: bilinear or jbu.", rich_help_panel=PROTOCOL)] = None,
     pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     wording: Annotated[str | None, typer.Option(help="Named word list of the benchmark, or a file: one class per line, synonyms after commas.", rich_help_panel=PROTOCOL)] = None,
-    templates: Annotated[str | None, typer.Option(help="imagenet80, plain, or a file with one template per line.", rich_help_panel=PROTOCOL)] = None,
+    templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.", rich_help_panel=PROTOCOL)] = None,
+    scales: Annotated[str | None, typer.Option(metavar="A,B,...", help="Closed-set methods: factors on the size, whose probabilities are averaged, e.g. 0.5,1,1.5.", rich_help_panel=PROTOCOL)] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Closed-set methods: also the mirrored image.", rich_help_panel=PROTOCOL)] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.", rich_help_panel=PROTOCOL)] = None,
     pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.", rich_help_panel=PROTOCOL)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
@@ -94,6 +96,7 @@ def run(
         "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
         "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
         "upsample": upsample, "pamr": pamr, "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
+        "scales": parse_scales(scales), "flip": flip,
     }  # fmt: skip
     from ovbench import benchmarks
     from ovbench import spec as specs
@@ -224,7 +227,19 @@ def parse_window_batch(text: str) -> int | None:
     return int(text)
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_scales(text: str | None) -> tuple[float, ...] | None:
+    """``"0.5,1"`` as (0.5, 1.0).
+
+    Raises:
+        UsageError: Not numbers.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--scales {text!r}: give factors, e.g. --scales 0.5,1,1.5.") from None
+
+
+def parse_options(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
     """``["beta=0.3"]`` as ``{"beta": "0.3"}``; the method converts to its own types.
 
     Raises:
@@ -234,13 +249,14 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise UsageError(f"--option {pair!r}: give KEY=VALUE, e.g. --option beta=0.3.")
+            example = "lr=0.01" if flag == "--set" else "beta=0.3"
+            raise UsageError(f"{flag} {pair!r}: give KEY=VALUE, e.g. {flag} {example}.")
         options[key.strip()] = value.strip()
     return options
 
 
 @contextmanager
-def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(unit: str, title: str = "evaluating") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
     from time import monotonic
 
@@ -278,7 +294,7 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=target, transient=True) as bar:
-        task = bar.add_task("evaluating", total=None, rate="")
+        task = bar.add_task(title, total=None, rate="")
         yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))
 
 

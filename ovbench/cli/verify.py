@@ -36,7 +36,9 @@ def verify(
     wording: Annotated[
         str | None, typer.Option(help="Class list file, where one was used and lies elsewhere now.")
     ] = None,
-    templates: Annotated[str | None, typer.Option(help="Template file, likewise.")] = None,
+    templates: Annotated[
+        str | None, typer.Option("--prompts", "--templates", help="File of templates or descriptions, likewise.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method in place of the recorded one."),

@@ -28,11 +28,13 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         UsageError, DataError: Unknown names, or missing data.
     """
     from ovbench import benchmarks
-    from ovbench.registry import method_info
+    from ovbench.closed_set import views_inside
+    from ovbench.registry import CLOSED_SET, method_info
 
     benchmark = benchmarks.get(spec.dataset)
     root, _ = data_of(benchmark, spec, options)
-    words, _ = words_of(benchmark, spec)
+    closed = method_info(spec.method).track == CLOSED_SET
+    classes = list(benchmark.class_names) if closed else words_of(benchmark, spec)[0]
     path = Path(spec.weights).expanduser()
     info = method_info(spec.method)
     # a method from a file is no type of mmseg's registry
@@ -43,7 +45,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     )
     model: dict[str, Any] = {
         **kind,
-        "classes": words,
+        "classes": classes,
         "weights": str(path.resolve()) if path.is_file() else spec.weights,
         "arch": spec.arch,
         "activation": spec.activation,
@@ -55,7 +57,10 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         "protocol": spec.protocol.model_dump(mode="json"),
         "method_options": dict(spec.method_options),
     }
-    dataset = benchmark.dataset_cfg(root, short_side=spec.protocol.short_side, long_side=spec.protocol.long_side)
+    if closed:
+        del model["activation"]
+    short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
+    dataset = benchmark.dataset_cfg(root, short_side=short_side, long_side=spec.protocol.long_side)
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
@@ -69,7 +74,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
             "sampler": {"type": "DefaultSampler", "shuffle": False},
             "dataset": dataset,
         },
-        "test_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "test_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": benchmark.ignore_index},
         "test_cfg": {"type": "TestLoop"},
         "work_dir": "work_dirs",
     }

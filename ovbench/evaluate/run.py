@@ -109,7 +109,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
             f"Interrupted. Finished images are kept; continue with --resume. Record: {stored[1]}"
         ) from None
     except Exception as error:
-        clear = _clear(error)
+        clear = clear_error(error)
         if state.shard is not None:  # before that nothing was computed, and there is nothing to keep
             _, path = _store(state, "failed", str(clear))
             clear.args = (f"{clear} Record of the failed run: {path}",)
@@ -122,7 +122,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
     return _store(state, "ok", state.partial_reason)[0]
 
 
-def _clear(error: Exception) -> OvbenchError:
+def clear_error(error: Exception) -> OvbenchError:
     """The error as one for users: our own as they are, those from worker processes unwrapped, memory named."""
     text = str(error)
     if isinstance(error, OvbenchError):
@@ -150,7 +150,7 @@ def _clear(error: Exception) -> OvbenchError:
 
 def _evaluate(state: _State) -> None:
     from ovbench import benchmarks
-    from ovbench.registry import method_info
+    from ovbench.registry import CLOSED_SET, method_info
 
     spec, options = state.spec, state.options
     method_info(spec.method)  # unknown names before any work
@@ -161,47 +161,85 @@ def _evaluate(state: _State) -> None:
 
         quick_check(spec.dataset, root)
     state.fingerprint = benchmark.fingerprint(root)
-    wording = wording_of(benchmark, spec)
-    words, wording_hash = words_of(benchmark, spec)
-
-    from ovbench.backbones.clip_weights import load_clip
-    from ovbench.model import OpenVocabModel, require_device
-    from ovbench.registry import method_class
-    from ovbench.text import templates
-
-    require_device(spec.device)
-    cls = method_class(spec.method)
-    config = cls.configure_for(spec.method_options, weights=spec.weights, demo=spec.demo)
-    template_list = templates(spec.protocol.templates)
-    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
-    method = cls(clip, config)
-    state.weights_sha256 = clip.weights_sha256
-    protocol = spec.protocol.model_copy(
-        update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": sha256_of(template_list)}
-    )
-    info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
-    state.spec = spec = spec.model_copy(
-        update={
-            "protocol": protocol,
-            "method": info.name,
-            "method_options": {**method.options(), **info.recorded()},
-            "dataset": benchmark.name,
-            "arch": clip.arch,
-            "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
-            "activation": clip.activation,
-            "weights_sha256": clip.weights_sha256,
-            "dataset_version": benchmark.version,
-            "demo": spec.demo or synthetic or spec.weights == "builtin",
-        }
-    )
-    options.on_message(f"{spec.method} on {spec.dataset}: {clip.arch}, {spec.weights}, {protocol.name} protocol")
-    model = OpenVocabModel(
-        method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
+    build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
+    model, known = build(spec, benchmark, state)
+    weights = Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights
+    state.weights_sha256 = known["weights_sha256"]
+    demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
+    common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
+    state.spec = spec.model_copy(update={**common, **known})
+    options.on_message(
+        f"{state.spec.method} on {spec.dataset}: {state.spec.arch}, {spec.weights}, {spec.protocol.name} protocol"
     )
 
     from ovbench.evaluate.session import evaluate_images
 
     evaluate_images(state, benchmark, root, model, synthetic=synthetic)
+
+
+def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
+    """The model of a spec and what building it has found out for the record."""
+    wording = wording_of(benchmark, spec)
+    words, wording_hash = words_of(benchmark, spec)
+
+    from ovbench.backbones.clip_weights import load_clip
+    from ovbench.model import OpenVocabModel, require_device
+    from ovbench.registry import method_class, method_info
+    from ovbench.text import prompts
+
+    require_device(spec.device)
+    cls = method_class(spec.method)
+    config = cls.configure_for(spec.method_options, weights=spec.weights, demo=spec.demo)
+    query_words = [word for entry in words for word in entry]
+    prompts_hash = prompts(spec.protocol.templates).sha256(query_words)
+    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
+    method = cls(clip, config)
+    protocol = spec.protocol.model_copy(
+        update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": prompts_hash}
+    )
+    info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
+    model = OpenVocabModel(
+        method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
+    )
+    return model, {
+        "protocol": protocol,
+        "method": info.name,
+        "method_options": {**method.options(), **info.recorded()},
+        "arch": clip.arch,
+        "activation": clip.activation,
+        "weights_sha256": clip.weights_sha256,
+    }
+
+
+def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
+    """As :func:`_open_vocab_model`, of a network whose classes are those it was trained on."""
+    from ovbench.closed_set_weights import build_closed_set_model
+    from ovbench.registry import method_info
+
+    model, loaded = build_closed_set_model(
+        spec.method,
+        classes=benchmark.class_names,
+        weights=spec.weights,
+        arch=spec.arch,
+        protocol=spec.protocol,
+        dtype=spec.dtype,
+        device=spec.device,
+        window_batch=spec.window_batch,
+        compile_mode=spec.compile_mode,
+        seed=spec.seed,
+        method_options=spec.method_options,
+    )
+    about = loaded.about
+    if about is not None and about.iterations < about.planned:
+        state.partial_reason = f"weights of a trial: {about.iterations} of {about.planned} iterations were trained"
+    info = method_info(spec.method)
+    return model, {
+        "method": info.name,
+        "method_options": {**loaded.method.options(), **info.recorded()},
+        "arch": loaded.arch,
+        "weights_sha256": loaded.weights_sha256,
+        "demo": about is not None and about.demo,
+    }
 
 
 def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:
@@ -223,12 +261,13 @@ def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, b
 
 
 def wording_of(benchmark: Any, spec: RunSpec) -> str:
-    """The wording in force: presets name lists of the eight benchmarks, of which one's own has none."""
+    """The wording in force: presets name lists of the eight benchmarks, which others do not have."""
     from ovbench.benchmarks import OwnBenchmark
 
     p = spec.protocol
     chosen = "wording" in p.overrides or p.wording in benchmark.wordings
-    return str(benchmark.wordings[0]) if isinstance(benchmark, OwnBenchmark) and not chosen else p.wording
+    fallback = isinstance(benchmark, OwnBenchmark) or benchmark.group != "eight"
+    return str(benchmark.wordings[0]) if fallback and not chosen else p.wording
 
 
 def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:

@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ovbench.benchmarks.benchmark import Benchmark
+from ovbench.closed_set import ClosedSetModel, views_inside
+from ovbench.compat import quiet_mmengine
 from ovbench.evaluate.run import default_batch, default_workers, metrics_of
 from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, read_header
 from ovbench.model import OpenVocabModel
@@ -27,8 +29,12 @@ from ovbench.results.record import Efficiency, Latency
 if TYPE_CHECKING:
     from ovbench.evaluate.run import _State
 
+SegmentationModel = OpenVocabModel | ClosedSetModel
 
-def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: OpenVocabModel, *, synthetic: bool) -> None:
+
+def evaluate_images(
+    state: _State, benchmark: Benchmark, root: Path, model: SegmentationModel, *, synthetic: bool
+) -> None:
     """Evaluates all images that are not done yet and fills in metrics and efficiency of ``state``."""
     from mmengine.dataset import pseudo_collate
     from mmengine.evaluator import Evaluator
@@ -37,9 +43,11 @@ def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: Open
     from ovbench.segmentor import OpenVocabSegmentor
 
     spec, options = state.spec, state.options
-    dataset = build_dataset(benchmark, root, spec.protocol.short_side, spec.protocol.long_side)
+    short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
+    dataset = build_dataset(benchmark, root, short_side, spec.protocol.long_side)
     count = len(dataset) if spec.limit is None else min(spec.limit, len(dataset))
-    state.partial_reason = _partial(count, len(dataset), None if synthetic else benchmark.expected_images)
+    reasons = state.partial_reason, _partial(count, len(dataset), None if synthetic else benchmark.expected_images)
+    state.partial_reason = "; ".join(filter(None, reasons)) or None
     _open_shard(state, benchmark)
     indices = [index for index in range(count) if index not in state.shard.done]
 
@@ -59,7 +67,7 @@ def evaluate_images(state: _State, benchmark: Benchmark, root: Path, model: Open
     _warm_up(model, dataset)
     stopwatch.discard()
     resettable = reset_peak_memory(model.device)
-    with _quiet_work_folder() as work_dir:
+    with quiet_work_folder() as work_dir:
         runner = EvaluationRunner(
             model=OpenVocabSegmentor(model=model),
             work_dir=work_dir,
@@ -138,7 +146,7 @@ def _open_shard(state: _State, benchmark: Benchmark) -> None:
         options.on_message(f"Resuming {state.run_id}: {len(state.shard.done)} images are done.")
 
 
-def _warm_up(model: OpenVocabModel, dataset: Any) -> None:
+def _warm_up(model: SegmentationModel, dataset: Any) -> None:
     """One image through everything, so that allocation and kernel choice are not timed."""
     sample = dataset[0]
     image = sample["inputs"].flip(0)
@@ -146,21 +154,27 @@ def _warm_up(model: OpenVocabModel, dataset: Any) -> None:
 
 
 @contextmanager
-def _quiet_work_folder() -> Iterator[str]:
+def quiet_work_folder() -> Iterator[str]:
     """A folder for mmengine's own logs that is thrown away; nothing of it reaches stdout or the user's folder."""
-    with tempfile.TemporaryDirectory(prefix="ovbench-mmengine-") as folder, warnings.catch_warnings():
-        previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)
+    with (
+        tempfile.TemporaryDirectory(prefix="ovbench-mmengine-") as folder,
+        warnings.catch_warnings(),
+        quiet_mmengine(),
+    ):
         try:
             yield folder
         finally:
-            logging.disable(previous)
             for handler in list(logging.getLogger("mmengine").handlers):
                 handler.close()
 
 
 def efficiency(
-    state: _State, model: OpenVocabModel, dataset: Any, monitor: Any, memory: tuple[float, str] | None, resettable: bool
+    state: _State,
+    model: SegmentationModel,
+    dataset: Any,
+    monitor: Any,
+    memory: tuple[float, str] | None,
+    resettable: bool,
 ) -> Efficiency:
     """Cost of the run: parameters, operations of one forward, time per image and stage, peak memory."""
     times: dict[str, list[float]] = {}
@@ -191,7 +205,7 @@ def efficiency(
     )
 
 
-def _count(model: OpenVocabModel, dataset: Any) -> tuple[flops.Flops, str]:
+def _count(model: SegmentationModel, dataset: Any) -> tuple[flops.Flops, str]:
     """Operations of one network forward at the first image's input, and that input in words."""
     protocol = model.protocol
     image = dataset[0]["inputs"]
@@ -200,14 +214,20 @@ def _count(model: OpenVocabModel, dataset: Any) -> tuple[flops.Flops, str]:
         counted = flops.count(lambda: model.predict_labels([image.flip(0)], [(height, width)]))
         return counted, f"1x3x{height}x{width}, one whole image: networks, solver and upsampling"
     boxes = 1
+    if isinstance(model, ClosedSetModel) and views_inside(protocol):
+        height, width = model.resized(image, 1.0).shape[-2:]
     if protocol.mode == "slide":
         found = windows(height, width, protocol.crop, protocol.stride)
         boxes = len(found)
         height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]
     batch = model.network_input(torch.zeros(1, 3, height, width))
-    counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
+    if isinstance(model, ClosedSetModel):
+        counted = flops.count(lambda: model.network(batch))
+    else:
+        counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
     shape = "x".join(str(side) for side in batch.shape)
-    return counted, f"{shape}, one forward; the first image takes {boxes}"
+    views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
+    return counted, f"{shape}, one forward; the first image takes {boxes}{views}"
 
 
 class Pictures:

@@ -189,7 +189,7 @@ def spec_again(record: RunRecord, given: Given) -> RunSpec:
         WeightsError: The weights file is not the recorded one.
     """
     from ovbench import benchmarks
-    from ovbench.registry import method_class
+    from ovbench.registry import class_of
 
     old = record.spec
     method = given.method or old.method
@@ -209,7 +209,7 @@ def spec_again(record: RunRecord, given: Given) -> RunSpec:
     fields_again = {
         **old.model_dump(),
         "method": method,
-        "method_options": options_again(old.method_options, method_class(method), given.options or {}),
+        "method_options": options_again(old.method_options, class_of(method), given.options or {}),
         "dataset": dataset,
         "protocol": protocol,
         "weights": _weights(old, given.weights),

@@ -8,6 +8,8 @@ elsewhere, and where a threshold needs the log-sum-exp of all words, strips of o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,23 @@ def decide(
                 labels = word_class[keep[word]]
     if prob_thd > 0:
         labels = torch.where(torch.exp(top - total) < prob_thd, 0, labels)
+    return labels
+
+
+def decide_views(views: Sequence[tuple[Tensor, Weights]]) -> Tensor:
+    """Label map (H, W), int64: the class with the largest mean probability over several views of one image.
+
+    Args:
+        views: Logits (R, C, K), float32, of each view and the weights to the rows (H, R) and columns (W, C) of the map.
+    """
+    height, width = output_size(*views[0])
+    labels = torch.empty(height, width, dtype=torch.int64, device=views[0][0].device)
+    # Rows of the output are the same for every view, so strips of one height go together and no view is held in full.
+    for parts in zip(*(strips(values, weights) for values, weights in views), strict=True):
+        first, total = parts[0][0], parts[0][1].softmax(dim=-1)
+        for _, part in parts[1:]:
+            total += part.softmax(dim=-1)
+        labels[first : first + total.shape[0]] = total.argmax(dim=-1)
     return labels
 
 

@@ -36,7 +36,7 @@ class ProfileSpec(_Stored):
     method: str = Field(description="method id, or a decode head's with part decode_head")
     method_options: dict[str, Any] = Field(default_factory=dict, description="every field of the method's config")
     part: Literal["decode_head"] | None = Field(None, description="decode_head: a closed-set head on features alone")
-    arch: str | None = Field(None, description="open_clip architecture; null for decode heads")
+    arch: str | None = Field(None, description="open_clip architecture, or a decode head's encoder")
     weights: str = Field("random", description="as in a run's spec; the cost does not depend on them")
     weights_sha256: str | None = Field(None, description="hash of the weights used; null for decode heads")
     activation: Literal["auto", "gelu", "quickgelu"] = Field("auto", description="as in a run's spec")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -67,20 +66,27 @@ def build_subject(spec: ProfileSpec) -> Subject:
 
 
 def _head(spec: ProfileSpec, device: torch.device) -> Subject:
-    """A closed-set decode head on random features."""
-    from ovbench.methods import hosts  # type: ignore[import-not-found]
+    """A closed-set decode head on random features of its encoder."""
+    from ovbench.compat import import_mmseg
+    from ovbench.methods import closed_set, hosts  # type: ignore[import-not-found]
+    from ovbench.registry import closed_set_class
 
-    grids = hosts.feature_grids(spec.features or "64x64")
+    cls: Any = closed_set_class(spec.method)
+    method = cls(spec.method, cls.configure(dict(spec.method_options)))
+    arch = spec.arch or method.DEFAULT_ARCH
+    grids = hosts.feature_grids(spec.features) if spec.features else hosts.default_grids(arch)
     classes = spec.classes or hosts.NUM_CLASSES
+    config = method.head_config(arch, classes)
+    models = import_mmseg().registry.MODELS
+    closed_set.register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        addon, host = hosts.addon_and_host(spec.method)
-        module = hosts if addon is None else importlib.import_module(f"ovbench.methods.{addon}")
-        head = module.build_head(host, classes).to(device)
+        head = models.build(config).eval().to(device)
 
     def forward(batch: int) -> Step:
         generator = torch.Generator().manual_seed(spec.seed)
-        maps = [torch.randn(shape, generator=generator).to(device) for shape in hosts.feature_shapes(grids, batch)]
+        shapes = hosts.feature_shapes(grids, batch, arch)
+        maps = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
         def step() -> Tensor:
             with torch.inference_mode(), _precision(spec, device):
@@ -90,11 +96,13 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
         return step
 
     written = ",".join(f"{h}x{w}" for h, w in grids)
-    used = hosts.head_config(host)["in_index"]
-    used = list(used) if isinstance(used, list) else [0, 3] if "c1_in_channels" in hosts.HOSTS[host] else [used]
-    shapes = ["x".join(map(str, shape)) for shape in hosts.feature_shapes(grids)]
+    host = config.get("host", config)
+    used = host["in_index"]
+    used = list(used) if isinstance(used, list) else [0, used] if "c1_in_channels" in host else [used]
+    shapes = ["x".join(map(str, shape)) for shape in hosts.feature_shapes(grids, encoder=arch)]
+    filled = {"features": written, "classes": classes, "arch": arch, "method_options": method.options()}
     return Subject(
-        spec=spec.model_copy(update={"features": written, "classes": classes}),
+        spec=spec.model_copy(update=filled),
         network=head,
         parts=dict(head.named_children()),
         device=device,
@@ -198,7 +206,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
 
 
 def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManager[Any]:
-    from ovbench.model import DTYPES
+    from ovbench.windowed import DTYPES
 
     return nullcontext() if spec.dtype == "float32" else torch.autocast(device.type, dtype=DTYPES[spec.dtype])
 

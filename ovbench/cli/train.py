@@ -1,0 +1,224 @@
+"""``ovbench train``: one method on a benchmark's training images, then its evaluation."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovbench.cli.console import console, print_json, print_rich, print_text, say
+from ovbench.cli.run import default_device, parse_options, progress
+from ovbench.cli.run import show as show_run
+from ovbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from ovbench.train.record import TrainRecord
+    from ovbench.train.run import Plan
+
+WHAT, HOW, WORK = "What to train", "Recipe (all recorded)", "How to work"
+
+
+def train(
+    *,
+    method: Annotated[str, typer.Option("--method", "-m", help="Method that can be trained ('ovbench list methods').", rich_help_panel=WHAT)],
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark with a training split ('ovbench list datasets').", rich_help_panel=WHAT)],
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it.", rich_help_panel=WHAT)] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="A minute on generated scenes with a small encoder: tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
+    arch: Annotated[str | None, typer.Option(help="Encoder, e.g. resnet50-v1c, resnet101-v1c, swin-b, mscan-b, tiny. Default: the method's.", rich_help_panel=WHAT)] = None,
+    weights: Annotated[str, typer.Option(help="Pretrained weights of the encoder: a file (.safetensors, .pth), or 'random'.", rich_help_panel=WHAT)] = "random",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method, e.g. -o inter=false; may be repeated.", rich_help_panel=WHAT)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="JSON or YAML file with fields of the recipe; those it lacks are the method's.", rich_help_panel=HOW)] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Field of the recipe, e.g. --set lr=0.005 --set iters=8000; may be repeated.", rich_help_panel=HOW)] = None,
+    limit_iters: Annotated[int | None, typer.Option(min=1, help="Stop after N iterations of the schedule: a trial, whose results stay out of tables.", rich_help_panel=HOW)] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.", rich_help_panel=HOW)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished training of the same spec; it ends in the same weights.", rich_help_panel=WORK)] = False,
+    checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Iterations between checkpoints.", rich_help_panel=WORK)] = 1000,
+    launcher: Annotated[str, typer.Option(help="none, pytorch (started by torchrun) or slurm: the batch is split over the processes.", rich_help_panel=WORK)] = "none",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the losses for TensorBoard.", rich_help_panel=WORK)] = False,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate the weights on the validation split afterwards.", rich_help_panel=WORK)] = True,
+    results: Annotated[Path, typer.Option(help="Root folder of the trainings.", rich_help_panel=WORK)] = Path("results/trainings"),
+    runs: Annotated[Path, typer.Option(help="Root folder of the evaluation's record.", rich_help_panel=WORK)] = Path("results/runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and trainable parameters, and stop.", rich_help_panel=WORK)] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the training's record (with --dry-run: its spec), alone on stdout.", rich_help_panel=WORK)] = False,
+) -> None:  # fmt: skip
+    """Trains a method with its recipe, keeps losses, checkpoints and provenance, and evaluates the result.
+
+    \b
+    Examples:
+    ovbench train --demo -m caa-fcn -d ade20k
+    ovbench train -m caa-psp -d ade20k --data-root ~/data --weights resnet50_v1c.pth --device cuda --set amp=float16
+    ovbench train -m ecac-fcn -d context59 --data-root ~/data --dry-run
+    ovbench train -m psp -d ade20k --data-root ~/data --limit-iters 200 --no-eval
+    torchrun --nproc-per-node 4 -m ovbench train -m psp -d ade20k --data-root ~/data --launcher pytorch
+    ovbench run -m caa-psp -d ade20k --data-root ~/data --weights results/trainings/.../model.safetensors -p closed-set-ms
+    """
+    if demo and data_root is not None:
+        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away.")
+    if launcher not in {"none", "pytorch", "slurm"}:
+        raise UsageError(f"--launcher {launcher!r}: give none, pytorch or slurm.")
+    from ovbench.train import run as training
+
+    with _bars(launcher) as (on_iteration, on_count):
+        where = training.TrainOptions(
+            data_root=data_root, results=results, resume=resume, workers=workers, checkpoint_every=checkpoint_every,
+            tensorboard=tensorboard, launcher=launcher, command=shlex.join(["ovbench", *sys.argv[1:]]),
+            on_iteration=on_iteration, on_count=on_count, on_message=say,
+        )  # fmt: skip
+        planned = training.plan(
+            method, dataset, arch=arch, weights=weights, method_options=parse_options(option or []), recipe_file=recipe,
+            changes=parse_options(changes or [], "--set"), limit_iters=limit_iters, seed=seed,
+            device=device or _own_device(launcher), demo=demo, options=where,
+        )  # fmt: skip
+        if dry_run:
+            print_json(planned.spec.model_dump(mode="json")) if json else show_plan(planned)
+            return
+        record, folder = training.train(planned, where)
+    if not _first(launcher):
+        return
+    if json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        show(record, folder)
+    if evaluate:
+        from ovbench.evaluate import run as evaluation
+        from ovbench.spec import protocol
+
+        spec = record.spec
+        with progress("images") as on_images:
+            found = evaluation(
+                {
+                    "method": method,
+                    "dataset": spec.dataset,
+                    "weights": str(folder / "model.safetensors"),
+                    "protocol": protocol("paper", spec.dataset, method=method, **_sides(spec.recipe)),
+                    "device": spec.device,
+                },
+                data_root=planned.root,
+                results=runs,
+                workers=workers,
+                command=shlex.join(["ovbench", *sys.argv[1:]]),
+                on_images=on_images,
+                on_message=say,
+            )
+        if not json:
+            show_run(found, runs)
+
+
+def _sides(recipe: Any) -> dict[str, int]:
+    """The size that images had in training, for the evaluation."""
+    return {"long_side": recipe.resize[0], "short_side": recipe.resize[1]}
+
+
+def _first(launcher: str) -> bool:
+    """Whether this is the process that speaks and evaluates."""
+    if launcher == "none":
+        return True
+    from mmengine.dist import is_main_process
+
+    return bool(is_main_process())
+
+
+def _own_device(launcher: str) -> str:
+    """The default device, with several processes a GPU for each."""
+    import os
+
+    device = default_device()
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launcher != "none" else device
+
+
+@contextmanager
+def _bars(launcher: str) -> Iterator[tuple[Callable[..., None], Callable[[int, int], None]]]:
+    """Progress of iterations (with losses and remaining time) and of counted files, on stderr."""
+    from time import monotonic
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    target = console(sys.stderr)
+    told = [monotonic()]
+    if not target.is_terminal or launcher != "none":
+
+        def tell(done: int, total: int, lr: float, losses: dict[str, float]) -> None:
+            if monotonic() - told[0] > 30 or done == total:
+                told[0] = monotonic()
+                say(f"{done}/{total} iterations  lr {lr:.3g}  {_losses(losses)}")
+
+        yield tell, lambda done, total: None
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=target, transient=True, speed_estimate_period=120) as bar:
+        training = bar.add_task("training", total=None, text="", visible=False)
+        counting = bar.add_task("counting pixels of classes", total=None, text="", visible=False)
+
+        def step(done: int, total: int, lr: float, losses: dict[str, float]) -> None:
+            bar.update(training, completed=done, total=total, text=f"lr {lr:.3g}  {_losses(losses)}", visible=True)
+
+        def count(done: int, total: int) -> None:
+            bar.update(counting, completed=done, total=total, visible=done < total)
+
+        yield step, count
+
+
+def _losses(losses: dict[str, float]) -> str:
+    total = sum(value for name, value in losses.items() if "loss" in name and name != "loss")
+    return f"loss {losses.get('loss', total):.4g}"
+
+
+def show_plan(planned: Plan) -> None:
+    """Prints what would be trained, and how."""
+    from rich.table import Table
+
+    spec = planned.spec
+    print_text(
+        f"{spec.method} on {spec.dataset}: {spec.arch}, {spec.images} images, {spec.stop} of {spec.planned} iterations"
+    )
+    table = Table(title="parameters", title_justify="left")
+    for head in ("part", "params M", "trainable M", "lr x"):
+        table.add_column(head, justify="left" if head == "part" else "right")
+    for row in planned.parts:
+        lr = "-" if row.lr_mult is None else f"{row.lr_mult:g}"
+        table.add_row(row.part, f"{row.params / 1e6:.3f}", f"{row.trainable / 1e6:.3f}", lr)
+    trained, total = sum(row.trainable for row in planned.parts), sum(row.params for row in planned.parts)
+    table.add_row("all", f"{total / 1e6:.3f}", f"{trained / 1e6:.3f}", "", style="bold")
+    print_rich(table)
+    fields = Table(title="recipe", title_justify="left")
+    fields.add_column("field")
+    fields.add_column("value")
+    for name, value in spec.recipe.model_dump(mode="json").items():
+        mark = "  (set by you)" if name in spec.overrides else ""
+        fields.add_row(name, f"{value}{mark}")
+    print_rich(fields)
+
+
+def show(record: TrainRecord, folder: Path) -> None:
+    """Prints the main figures and where the files are."""
+    spec = record.spec
+    speed = (
+        "" if record.seconds_per_iteration is None else f", {record.seconds_per_iteration:.3g} s per iteration (median)"
+    )
+    memory = (
+        "" if record.peak_memory_mib is None else f", peak {record.peak_memory_mib:.0f} MiB ({record.peak_memory_kind})"
+    )
+    print_text(f"{spec.method} on {spec.dataset}: {record.iterations} of {spec.planned} iterations{speed}{memory}")
+    if spec.demo:
+        print_text("demo: generated scenes. A check of the pipeline, no evidence about the method.")
+    if record.iterations < spec.planned:
+        print_text("trial: not the whole schedule. Kept out of tables of results.")
+    for name, file in (("weights", "model.safetensors"), ("record", "training.json"), ("picture", "losses.png")):
+        print_text(f"{name:8s} {folder / file}")

@@ -1,0 +1,157 @@
+"""Class-aware affinity in plain tensors: class centres, the map M = sigmoid(q k^T) taken in rows, its ground truth, its loss.
+
+A map has (h w)^2 entries per image: 64 MiB in fp32 on a 64 x 64 grid, 1 GiB on 128 x 128. Nothing here keeps one: rows of M
+are made, used and dropped, and where gradients are wanted they are made again in the backward pass. N = h w positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Entries of the affinity that exist at a time: one map of a 64 x 64 grid.
+MAP_ENTRIES = 64**4
+# Least share of a row's mass that is divided by: below it, rounding of the difference sum(F') - M F' would be blown up.
+MASS_FLOOR = 1e-4
+
+
+def class_centers(coarse: Tensor, features: Tensor, softmax: str = "positions") -> Tensor:
+    """Class centres (B, K, D'), each a weighted mean of features.
+
+    Args:
+        coarse: Logits (B, K, N).
+        features: F' as rows, (B, N, D').
+        softmax: ``"positions"`` or ``"classes"``.
+    """
+    if softmax == "positions":
+        return coarse.softmax(dim=2) @ features  # (B, K, D')
+    weights = coarse.softmax(dim=1)
+    return weights @ features / weights.sum(dim=2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def aggregate(affinity: Tensor, features: Tensor, row_normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """F_intra = M F' and F_inter = (1 - M) F', both (B, R, D'), from one product.
+
+    Args:
+        affinity: Rows of M in [0, 1], (B, R, N).
+        features: F' as rows, (B, N, D').
+        row_normalise: Divide by the sums of the rows of M and of 1 - M (of at least ``MASS_FLOOR`` of N).
+    """
+    intra = affinity @ features  # (B, R, D')
+    inter = features.sum(dim=1, keepdim=True) - intra
+    if not row_normalise:
+        return intra, inter
+    positions = features.shape[1]
+    mass = affinity.sum(dim=2, keepdim=True)  # (B, R, 1)
+    floor = MASS_FLOOR * positions
+    return intra / mass.clamp_min(floor), inter / (positions - mass).clamp_min(floor)
+
+
+def intra_and_inter(
+    query: Tensor, key: Tensor, features: Tensor, row_normalise: bool = True, entries: int = MAP_ENTRIES
+) -> tuple[Tensor, Tensor]:
+    """F_intra and F_inter (B, N, D') of M = sigmoid(q k), of which at most ``entries`` entries exist at a time.
+
+    Args:
+        query: q, (B, N, C).
+        key: k, (B, C, N).
+        features: F' as rows, (B, N, D').
+        row_normalise: See :func:`aggregate`.
+        entries: Entries of M in the whole batch, at least a row.
+    """
+
+    def part(rows: Tensor, key: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        # In place, so that only one map exists; autograd keeps the output of sigmoid_ and no input.
+        return aggregate((rows @ key).sigmoid_(), features, row_normalise)
+
+    chunks = row_chunks(query.shape[0], key.shape[2], _share(entries))
+    pairs = [_dropped(part, query[:, rows], key, features) for rows in chunks]
+    return torch.cat([pair[0] for pair in pairs], dim=1), torch.cat([pair[1] for pair in pairs], dim=1)
+
+
+def associate(features: Tensor, centers: Tensor, scale: bool = False) -> Tensor:
+    """Every position as a mixture of class centres, (B, N, D').
+
+    Args:
+        features: (B, N, D').
+        centers: (B, K, D').
+        scale: Divide the logits by sqrt(D').
+    """
+    logits = features @ centers.transpose(1, 2)  # (B, N, K)
+    if scale:
+        logits = logits / features.shape[2] ** 0.5
+    return logits.softmax(dim=2) @ centers
+
+
+def labels_on_grid(labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Labels (B, h * w) on a coarser grid (h, w), by nearest neighbour, from (B, H, W) of integers."""
+    # Class numbers up to 2^24 are exact in fp32, which interpolate wants.
+    return F.interpolate(labels[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1).long()
+
+
+def affinity_target(labels: Tensor, ignore_index: int = 255, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Ground truth G G^T of the affinity and which pairs count, both boolean (B, R, N).
+
+    A pair of labels (B, N) is true where both have one class; it counts where neither is ``ignore_index``.
+    """
+    valid = labels != ignore_index
+    counted = valid[:, rows, None] & valid[:, None, :]
+    return (labels[:, rows, None] == labels[:, None, :]) & counted, counted
+
+
+def affinity_loss(
+    query: Tensor, key: Tensor, labels: Tensor, ignore_index: int = 255, entries: int = MAP_ENTRIES
+) -> Tensor:
+    """Binary cross-entropy of the affinity sigmoid(q k), the mean over the batch's counted pairs; 0 where there is none.
+
+    Args:
+        query: q, (B, N, C).
+        key: k, (B, C, N).
+        labels: (B, N).
+        ignore_index: Label whose positions count on neither axis.
+        entries: Pairs for which logits and a ground truth exist at a time.
+    """
+
+    def part(query: Tensor, key: Tensor, rows: slice) -> Tensor:
+        target, counted = affinity_target(labels, ignore_index, rows)
+        logits = (query[:, rows] @ key).float()
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+        # torch.where and not a product: a logit of infinity at an ignored pair must not become NaN.
+        return torch.where(counted, loss, 0.0).sum()
+
+    total = query.new_zeros((), dtype=torch.float32)
+    with full_precision(query.device.type):
+        for rows in row_chunks(query.shape[0], key.shape[2], _share(entries)):
+            total = total + _dropped(part, query, key, rows)
+    number = (labels != ignore_index).sum(dim=1).square().sum()
+    return total / number.clamp_min(1)
+
+
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it (the meta device has none)."""
+    has = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has else nullcontext()
+
+
+def row_chunks(batch: int, positions: int, entries: int) -> list[slice]:
+    """Slices of the map's rows of which no one has more than ``entries`` entries in the batch, but at least a row."""
+    step = max(1, entries // max(1, batch * positions))
+    return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
+
+
+def _share(entries: int) -> int:
+    """A quarter of the entries where gradients are wanted: the rows, their gradient and what the loss makes of them."""
+    return max(1, entries // 4) if torch.is_grad_enabled() else entries
+
+
+def _dropped(part: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of ``part``, of which autograd keeps the arguments alone and repeats the rest in the backward pass."""
+    if not torch.is_grad_enabled():
+        return part(*arguments)
+    return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)

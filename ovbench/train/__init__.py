@@ -1,0 +1,1 @@
+"""Training of the methods that can be trained; ``run.train`` is the way in."""

@@ -1,0 +1,155 @@
+"""Training images: which comes when, and how it is augmented, as functions of seed and position alone.
+
+The image at position p of a training, the crop it is cut to and its colours do not depend on how many processes read or
+train, nor on where a training was interrupted. So resuming starts at a position and skips nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ovbench.benchmarks.benchmark import Benchmark
+from ovbench.errors import DataError
+from ovbench.train.recipe import Recipe
+
+IGNORE = 255
+PADDING = (124, 116, 104)  # RGB: the mean colour of ImageNet, which normalisation brings to 0, as mmseg pads
+
+
+def seed_at(seed: int, *position: int) -> int:
+    """A seed below 2**32 for a place in a training; different places have unrelated ones."""
+    return int(np.random.SeedSequence([seed, *position]).generate_state(1)[0])
+
+
+def pipeline(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe's augmentation as mmseg transforms."""
+    side = (recipe.crop, recipe.crop)
+    steps: list[dict[str, Any]] = [
+        {"type": "mmengine.LoadCompleteImage"},
+        {"type": "mmseg.LoadAnnotations"},
+        {
+            "type": "RandomResize",
+            "scale": tuple(recipe.resize),
+            "ratio_range": tuple(recipe.ratio_range),
+            "keep_ratio": True,
+        },
+        {"type": "mmseg.RandomCrop", "crop_size": side, "cat_max_ratio": recipe.cat_max_ratio},
+        {"type": "RandomFlip", "prob": recipe.flip},
+    ]
+    if recipe.photometric:
+        steps.append({"type": "mmseg.PhotoMetricDistortion"})
+    return [*steps, {"type": "mmseg.PackSegInputs", "meta_keys": ("img_path", "seg_map_path")}]
+
+
+class Positions(Sampler[tuple[int, int]]):
+    """Endless (image, position) of one process, each pass over the images in a new order.
+
+    Args:
+        images: Number of images N.
+        seed: Seed of the orders.
+        batch: Images per iteration of this process.
+        first: Iteration to start with.
+        rank: Number of this process.
+        world: Number of processes.
+    """
+
+    def __init__(self, images: int, seed: int, batch: int, first: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.images, self.seed, self.batch, self.first, self.rank, self.world = images, seed, batch, first, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        iteration, epoch, order = self.first, -1, np.zeros(0, np.int64)
+        while True:
+            start = (iteration * self.world + self.rank) * self.batch
+            for position in range(start, start + self.batch):
+                if position // self.images != epoch:
+                    epoch = position // self.images
+                    order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.images)
+                yield int(order[position % self.images]), position
+            iteration += 1
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's and numpy's global generators (which mmseg's transforms draw from) at a seed, put back afterwards."""
+    python, numeric = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numeric)
+
+
+class TrainingSet(Dataset[dict[str, Tensor]]):
+    """Augmented crops: ``image`` (3, S, S), RGB uint8, and ``label`` (S, S), int64 with 255 ignored.
+
+    Args:
+        dataset: mmseg dataset with :func:`pipeline`.
+        benchmark: Knows which ids there are.
+        crop: S; smaller images are padded at the right and bottom, their labels with 255.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(self, dataset: Any, benchmark: Benchmark, crop: int, seed: int) -> None:
+        self.dataset, self.benchmark, self.crop, self.seed = dataset, benchmark, crop, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        index, position = item
+        with seeded(seed_at(self.seed, 0, position)):
+            sample = self.dataset[index]
+        image, label = sample["inputs"].flip(0), sample["data_samples"].gt_sem_seg.data[0].long()
+        if image.shape[-2:] != label.shape:
+            meta = sample["data_samples"].metainfo
+            raise DataError(f"The label '{meta['seg_map_path']}' has not the size of the image '{meta['img_path']}'.")
+        beyond = (label >= self.benchmark.num_classes) & (label != self.benchmark.ignore_index)
+        if bool(beyond.any()):
+            source = sample["data_samples"].metainfo["seg_map_path"]
+            self.benchmark.require_in_range(label.numpy(), source)
+        height, width = label.shape
+        if (height, width) != (self.crop, self.crop):
+            padded = torch.tensor(PADDING, dtype=image.dtype)[:, None, None].repeat(1, self.crop, self.crop)
+            padded[:, :height, :width] = image
+            marked = torch.full((self.crop, self.crop), IGNORE)
+            marked[:height, :width] = label
+            image, label = padded, marked
+        return {"image": image, "label": label}
+
+
+def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int) -> TrainingSet:
+    """The training images of a benchmark's split under a recipe."""
+    from ovbench.compat import import_mmseg
+
+    mmseg = import_mmseg()
+    from mmengine.registry import DefaultScope
+
+    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
+
+    cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=pipeline(recipe))
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed)
+
+
+def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Tensor]]:
+    """Batches of one process, from the position on that ``positions`` starts with."""
+    return DataLoader(
+        images,
+        batch_size=positions.batch,
+        sampler=positions,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device == "cuda",
+        drop_last=True,
+    )

@@ -1,0 +1,182 @@
+"""What is kept of a training: spec, machine, losses, and the state it is in; one folder for each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from ovbench.errors import DataError, RunError
+from ovbench.hashing import sha256_of
+from ovbench.results.record import Environment, json_text
+from ovbench.train.recipe import Recipe
+
+DEFAULT_ROOT = Path("results") / "trainings"
+RECORD, LOSSES, CURVES, WEIGHTS, CHECKPOINTS = (
+    "training.json", "losses.jsonl", "losses.png", "model.safetensors", "checkpoints",
+)  # fmt: skip
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainSpec(BaseModel):
+    """Everything that can move the weights."""
+
+    model_config = _STRICT
+
+    method: str = Field(description="method id")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="every field of the method's config")
+    arch: str = Field(description="encoder, or open_clip architecture")
+    weights: str = Field("random", description="what training starts from: 'random', or a file's name")
+    weights_sha256: str | None = Field(None, description="hash of that file")
+    dataset: str = Field(description="benchmark id")
+    dataset_version: int = Field(description="version of the benchmark definition")
+    dataset_fingerprint: str = Field(description="of the training split's files")
+    images: int = Field(ge=1, description="training images")
+    recipe: Recipe
+    overrides: tuple[str, ...] = Field((), description="fields of the recipe that the user set against the method's")
+    planned: int = Field(ge=1, description="iterations of the schedule")
+    limit_iters: int | None = Field(None, ge=1, description="stop after so many (a trial)")
+    seed: int = Field(0, description="of weights, order, augmentation and dropout")
+    device: str = Field("cpu", description="cpu or cuda (index left out)")
+    processes: int = Field(1, ge=1, description="processes that train together")
+    demo: bool = Field(False, description="generated scenes: a check of the pipeline, no evidence about methods")
+
+    @property
+    def stop(self) -> int:
+        """Iterations that are done."""
+        return min(self.planned, self.limit_iters or self.planned)
+
+    def spec_hash(self) -> str:
+        """sha256 over the canonical JSON of all fields: equal hashes are the same training."""
+        return sha256_of(self.model_dump(mode="json"))
+
+
+class PartReport(BaseModel):
+    """Parameters of one part of a network."""
+
+    model_config = _STRICT
+
+    part: str
+    params: int = Field(description="parameters")
+    trainable: int = Field(description="of which are trained")
+    lr_mult: float | None = Field(description="factor on the learning rate; null where nothing is trained")
+
+
+class TrainRecord(BaseModel):
+    """A training, as its folder's ``training.json`` tells."""
+
+    model_config = _STRICT
+
+    schema_version: Literal[1] = 1
+    train_id: str = Field(description="start time, digits of the spec's hash, random digits")
+    spec: TrainSpec
+    spec_hash: str
+    status: Literal["running", "ok", "interrupted", "failed"]
+    reason: str | None = Field(None, description="why it is not ok")
+    iterations: int = Field(ge=0, description="iterations done")
+    resumed: int = Field(0, ge=0, description="how often it was resumed")
+    parts: tuple[PartReport, ...] = Field(description="parameters by part")
+    seconds_per_iteration: float | None = Field(None, description="median of this process' iterations, data included")
+    peak_memory_mib: float | None = None
+    peak_memory_kind: str | None = None
+    final_losses: dict[str, float] = Field(default_factory=dict, description="of the last iteration")
+    weights_sha256: str | None = Field(None, description="of model.safetensors; null until there is one")
+    environment: Environment
+    git_commit: str | None
+    git_dirty: bool | None
+    git_reason: str | None = None
+    package_versions: dict[str, str]
+    command: str
+    started: AwareDatetime
+    finished: AwareDatetime | None = None
+
+
+def write(record: TrainRecord, folder: Path) -> Path:
+    """Stores a record whole or not at all.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    path = folder / RECORD
+    partial = path.with_name(f".{RECORD}.{os.getpid()}.part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json_text(record.model_dump(mode="json")) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"Cannot write '{path}': {error.strerror}. Choose another folder with --results DIR.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> TrainRecord:
+    """A stored record.
+
+    Raises:
+        DataError: Missing or damaged.
+    """
+    try:
+        return TrainRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise DataError(f"The record '{path}' cannot be read: {str(error).splitlines()[0]}.") from error
+
+
+def unfinished(root: Path, spec_hash: str) -> Path | None:
+    """The newest folder below ``root`` with a training of that spec which did not end well; None where there is none."""
+    found = []
+    for path in root.glob(f"*/{RECORD}"):
+        record = read(path)
+        if record.spec_hash == spec_hash and record.status != "ok":
+            found.append((record.started, path.parent))
+    return max(found)[1] if found else None
+
+
+class LossLog:
+    """The losses of every iteration, one JSON line each, appended as they come.
+
+    Args:
+        path: The file.
+        iteration: Lines beyond this iteration, which a resumed training does again, are dropped.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        kept = [line for line in read_losses(path) if line["iteration"] <= iteration]
+        partial = path.with_name(f".{path.name}.part")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def add(self, iteration: int, lr: float, losses: dict[str, float]) -> None:
+        """Appends one line."""
+        self.file.write(json.dumps({"iteration": iteration, "lr": lr, **losses}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Ends it."""
+        self.file.close()
+
+
+def read_losses(path: Path) -> Iterator[dict[str, float]]:
+    """The lines of a loss log in order; a last line that a killed process left unfinished is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(entry, dict) and "iteration" in entry:
+            yield entry
+
+
+def new_id(spec_hash: str, started: datetime) -> str:
+    """A name no other training has."""
+    from ovbench.results.record import new_run_id
+
+    return new_run_id(spec_hash, started)

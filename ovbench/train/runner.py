@@ -1,0 +1,349 @@
+"""mmengine's Runner for training: our loop, which starts anywhere, and hooks for seeds, losses and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ovbench.compat import prepare
+
+prepare()
+
+from mmengine.hooks import EMAHook, Hook  # noqa: E402
+from mmengine.model import BaseModel  # noqa: E402
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWrapper, PolyLR  # noqa: E402
+from mmengine.registry import LOOPS  # noqa: E402
+from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
+
+from ovbench.closed_set import ParameterGroup  # noqa: E402
+from ovbench.errors import RunError  # noqa: E402
+from ovbench.train import checkpoint  # noqa: E402
+from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
+from ovbench.train.recipe import Recipe  # noqa: E402
+
+
+@dataclass
+class Journal:
+    """What a training reports to while it runs.
+
+    Attributes:
+        folder: Where checkpoints go.
+        every: Iterations between checkpoints.
+        on_losses: Called with (iterations done, learning rate, losses by name) after every iteration.
+        saved: What else belongs into a checkpoint.
+        iteration: Iterations done.
+        stop_asked: Save after the iteration in flight and end.
+    """
+
+    folder: Path
+    every: int
+    on_losses: Callable[[int, float, dict[str, float]], None] = lambda iteration, lr, losses: None
+    saved: dict[str, Any] = field(default_factory=dict)
+    iteration: int = 0
+    stop_asked: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Journal:
+        """Itself: mmengine copies the configs that hand it on, but there is one training."""
+        return self
+
+
+class TrainingModel(BaseModel):  # type: ignore[misc]
+    """A trainable network as mmengine wants it: a batch of crops and labels to losses.
+
+    Args:
+        network: Has ``losses(images, labels)``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def init_weights(self) -> None:
+        """Nothing: the network comes with its weights."""
+
+    def forward(self, image: Tensor, label: Tensor, mode: str = "loss") -> dict[str, Tensor]:
+        """Losses by name of images (B, 3, S, S) and labels (B, S, S)."""
+        losses: dict[str, Tensor] = self.network.losses(image, label)  # type: ignore[operator]
+        return losses
+
+
+class CPUAmpWrapper(OptimWrapper):  # type: ignore[misc]
+    """bfloat16 autocast on a CPU, where mmengine's own refuses; needs no loss scaling."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast around the forward."""
+        with super().optim_context(model), torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+
+def optimizer_wrapper(groups: list[ParameterGroup], recipe: Recipe, device: str) -> OptimWrapper:
+    """The recipe's optimiser over groups of parameters, with clipping and autocast.
+
+    Raises:
+        RunError: float16 on a CPU.
+    """
+    params = [
+        {
+            "params": list(group.parameters),
+            "lr": recipe.lr * group.lr_mult,
+            "weight_decay": recipe.weight_decay * group.decay_mult,
+        }
+        for group in groups
+        if group.parameters
+    ]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    clip = None if recipe.grad_clip is None else {"max_norm": recipe.grad_clip}
+    if recipe.amp == "off":
+        return OptimWrapper(optimizer=optimizer, clip_grad=clip)
+    if device != "cpu":
+        return AmpOptimWrapper(optimizer=optimizer, clip_grad=clip, dtype=recipe.amp)
+    if recipe.amp == "float16":
+        raise RunError("float16 training needs a GPU: use --set amp=bfloat16 or amp=off on a CPU.")
+    return CPUAmpWrapper(optimizer=optimizer, clip_grad=clip)
+
+
+def schedulers(optimizer: torch.optim.Optimizer, recipe: Recipe, planned: int) -> list[Any]:
+    """The recipe's learning rate over ``planned`` iterations."""
+    found: list[Any] = []
+    warm = min(recipe.warmup_iters, planned)
+    if warm:
+        found.append(LinearLR(optimizer, start_factor=recipe.warmup_factor, begin=0, end=warm, by_epoch=False))
+    if recipe.schedule == "constant" or warm == planned:
+        return found
+    span = {"begin": warm, "end": planned, "by_epoch": False, "eta_min": recipe.min_lr}
+    if recipe.schedule == "poly":
+        return [*found, PolyLR(optimizer, power=recipe.power, **span)]
+    return [*found, CosineAnnealingLR(optimizer, T_max=planned - warm, **span)]
+
+
+class SeedHook(Hook):  # type: ignore[misc]
+    """What is drawn in an iteration (dropout, samplers) depends on seed, iteration and process alone."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self.seed, self.rank = seed, rank
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Seeds all generators."""
+        value = seed_at(self.seed, 1, self.rank, runner.iter)
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+
+
+class JournalHook(Hook):  # type: ignore[misc]
+    """Losses after every iteration; a checkpoint now and then; NaN ends the training."""
+
+    priority = "VERY_LOW"  # after the schedule and the mean of the weights
+
+    def __init__(self, journal: Journal, stop: int, rank: int) -> None:
+        self.journal, self.stop, self.rank, self.lr = journal, stop, rank, 0.0
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Notes the learning rate, which the schedule has moved on by the time the losses are known."""
+        self.lr = float(runner.optim_wrapper.optimizer.param_groups[0]["lr"])
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Reports and saves."""
+        done = runner.iter + 1
+        losses = {name: float(value.detach()) for name, value in outputs.items()}
+        if not all(math.isfinite(value) for name, value in losses.items() if "loss" in name):
+            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
+            raise RunError(
+                f"NaN or infinity in {bad} after {done} iterations. Try a smaller learning rate (--set lr=...), "
+                "--set grad_clip=1 or --set amp=off; the last checkpoint is kept."
+            )
+        self.journal.iteration = done
+        if self.rank == 0:
+            self.journal.on_losses(done, self.lr, losses)
+            if done % self.journal.every == 0 or done == self.stop or self.journal.stop_asked:
+                runner.save(self.journal)
+        if self.journal.stop_asked:
+            raise KeyboardInterrupt
+
+
+@LOOPS.register_module()
+class TrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
+    """mmengine's loop over iterations without skipping through what was trained: the loader starts where it should.
+
+    Args:
+        runner: The Runner.
+        dataloader: Placeholder that mmengine wants; the real one is made when the first iteration is known.
+        stop: Iterations to do, all in all.
+        start_loader: Makes the loader from the iteration to start with.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, stop: int, start_loader: Callable[[int], Any]) -> None:
+        super().__init__(runner, dataloader, max_iters=max(stop, 1))
+        self.start_loader = start_loader
+
+    def run(self) -> nn.Module:
+        """Trains from the current iteration on."""
+        self.runner.call_hook("before_train")
+        self.runner.call_hook("before_train_epoch")
+        batches = iter(self.start_loader(self._iter)) if self._iter < self._max_iters else iter(())
+        while self._iter < self._max_iters:
+            self.runner.model.train()
+            self.run_iter(next(batches))
+        self.runner.call_hook("after_train_epoch")
+        self.runner.call_hook("after_train")
+        model: nn.Module = self.runner.model
+        return model
+
+
+class TrainRunner(Runner):  # type: ignore[misc]
+    """A Runner that leaves the model on its device and resumes from our checkpoints."""
+
+    resume_from: Path | None = None
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: Any) -> Any:
+        """The model, synchronised over processes where there are several; on the device it was built on."""
+        if not self.distributed:
+            return model
+        from mmengine.model import MMDistributedDataParallel
+
+        device = next(model.parameters()).device
+        devices = [device.index] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch calls broadcast_buffers by another name
+            return MMDistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+            )
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The network without mmengine's wrappers."""
+        model: Any = self.model.module if hasattr(self.model, "module") else self.model
+        network: nn.Module = model.network
+        return network
+
+    def ema(self) -> EMAHook | None:
+        """The hook that keeps the running mean, where the recipe has one."""
+        return next((hook for hook in self.hooks if isinstance(hook, EMAHook)), None)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The weights to evaluate: the running mean where there is one."""
+        hook = self.ema()
+        if hook is None:
+            return self.plain_model.state_dict()
+        prefix = "module.network."
+        state = hook.ema_model.state_dict()
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    def save(self, journal: Journal) -> Path:
+        """Writes a checkpoint of the state after ``journal.iteration`` iterations."""
+        hook = self.ema()
+        return checkpoint.write(
+            journal.folder,
+            journal.iteration,
+            {
+                "state_dict": self.plain_model.state_dict(),
+                "optimizer": self.optim_wrapper.state_dict(),
+                "schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
+                "ema": None if hook is None else hook.ema_model.state_dict(),
+                **journal.saved,
+            },
+        )
+
+    def load_or_resume(self) -> None:
+        """Restores everything from ``resume_from``; mmengine calls it once all parts are built."""
+        if self.resume_from is None:
+            return
+        content = checkpoint.read(self.resume_from)
+        self.plain_model.load_state_dict(content["state_dict"])
+        self.optim_wrapper.load_state_dict(content["optimizer"])
+        for scheduler, state in zip(self.param_schedulers, content["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        hook = self.ema()
+        if hook is not None:
+            hook.ema_model.load_state_dict(content["ema"])
+        self.train_loop._iter = content["iteration"]
+
+
+def build_runner(
+    network: nn.Module,
+    groups: list[ParameterGroup],
+    recipe: Recipe,
+    images: TrainingSet,
+    journal: Journal,
+    *,
+    seed: int,
+    planned: int,
+    stop: int,
+    device: str,
+    workers: int,
+    work_dir: Path,
+    launcher: str = "none",
+    rank: int = 0,
+    world: int = 1,
+) -> TrainRunner:
+    """The Runner of a training.
+
+    Args:
+        network: Has ``losses``; on its device.
+        groups: What is trained, see :func:`parameter_groups`.
+        recipe: How.
+        images: On what.
+        journal: What it reports to.
+        seed: Of everything that is drawn.
+        planned: Iterations of the schedule.
+        stop: Iterations to do.
+        device: cpu or cuda.
+        workers: Processes that read images.
+        work_dir: For mmengine's own files.
+        launcher: mmengine's name of what started the processes.
+        rank: Number of this process.
+        world: Number of processes; ``recipe.batch`` is split over them.
+    """
+    each = recipe.batch // world
+
+    def start_loader(first: int) -> Any:
+        return loader(images, Positions(len(images), seed, each, first, rank, world), workers, device)
+
+    wrapper = optimizer_wrapper(groups, recipe, device)
+    hooks: list[Hook] = [SeedHook(seed, rank), JournalHook(journal, stop, rank)]
+    if recipe.ema is not None:
+        hooks.append(EMAHook(ema_type="ExponentialMovingAverage", momentum=recipe.ema, update_buffers=False))
+    return TrainRunner(
+        model=TrainingModel(network),
+        work_dir=str(work_dir),
+        train_dataloader=loader(images, Positions(len(images), seed, each), 0, device),
+        train_cfg={"type": TrainLoop, "stop": stop, "start_loader": _Uncopied(start_loader)},
+        optim_wrapper=wrapper,
+        param_scheduler=schedulers(wrapper.optimizer, recipe, planned) or None,
+        default_hooks={"checkpoint": None, "logger": None, "timer": None, "sampler_seed": None},
+        custom_hooks=hooks,
+        launcher=launcher,
+        env_cfg={"dist_cfg": {"backend": "nccl" if device == "cuda" else "gloo"}},
+        log_level="ERROR",
+        default_scope="mmseg",
+        experiment_name=uuid4().hex,  # mmengine keeps one of each name for the life of a process
+    )
+
+
+class _Uncopied:
+    """A function that mmengine's copying of configs leaves alone."""
+
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self.function = function
+
+    def __call__(self, first: int) -> Any:
+        return self.function(first)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
+        return self
