@@ -38,18 +38,21 @@ RECIPE = {
 }  # fmt: skip
 
 
-def options_of(method: str, iters: int) -> dict[str, Any]:
-    """Narrow widths, and ECAC's memory loss after the same share of the schedule as in no published recipe: a tenth."""
+def options_of(name: str, iters: int) -> tuple[str, dict[str, Any]]:
+    """The method and its options: narrow widths, ECAC's memory loss after a tenth of the iterations, what the name says."""
+    method, *switches = name.split(":")
     known = {field.name for field in fields(closed_set_class(method).Config)}
     wanted = {**WIDTHS, "memory_loss_start": iters // 10}
-    return {key: value for key, value in wanted.items() if key in known}
+    given = dict(switch.split("=") for switch in switches)
+    return method, {**{key: value for key, value in wanted.items() if key in known}, **given}
 
 
-def run_one(method: str, seed: int, iters: int, root: Path, out: Path) -> tuple[Any, Path]:
+def run_one(name: str, seed: int, iters: int, root: Path, out: Path) -> tuple[Any, Path]:
     """The evaluation's record and the training's folder; both are taken from ``out`` where they are there."""
     where = TrainOptions(data_root=root, results=out / "trainings", workers=0, resume=True, checkpoint_every=100)
+    method, options = options_of(name, iters)
     planned = plan(
-        method, DATASET, arch="tiny", method_options=options_of(method, iters), changes={**RECIPE, "iters": str(iters)},
+        method, DATASET, arch="tiny", method_options=options, changes={**RECIPE, "iters": str(iters)},
         seed=seed, options=where,
     )  # fmt: skip
     wanted = planned.spec.spec_hash()
@@ -114,7 +117,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, trainings, records and the report")
-    parser.add_argument("--methods", default="fcn,caa-fcn,ecac-fcn", help="comma-separated ids")
+    parser.add_argument(
+        "--methods",
+        default="fcn,caa-fcn,caa-fcn:association_scale=true,ecac-fcn",
+        help="comma-separated ids, switches behind a colon",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--iters", type=int, default=600)
     parser.add_argument("--no-report", action="store_true", help="train and evaluate only")

@@ -90,6 +90,8 @@ class Discrepancy(Solver):
         super().__init__(clip, config)
         c = self.config
         base = method_class(c.base)
+        if base.MODEL != Method.MODEL:
+            raise UsageError(f"'{c.base}' gives logits of views, not of patches: a solver needs another base.")
         if issubclass(base, Solver):
             raise UsageError(f"The base '{c.base}' is a solver itself: give a dense method, e.g. kk or sc-clip.")
         self.dtype = torch.float32

@@ -177,6 +177,8 @@ class ClosedSetModel(WindowedModel):
     """
 
     solver = None
+    takes_views = False
+    takes_words = False
 
     def __init__(
         self,

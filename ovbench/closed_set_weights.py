@@ -56,10 +56,10 @@ def configured_method(name: str, options: dict[str, Any], about: About | None = 
     cls = closed_set_class(name)
     if about is None:
         return cls(info.name, cls.configure(options))
-    if about.method != info.name:
-        raise WeightsError(f"The weights are of '{about.method}', not of '{info.name}': use --method {about.method}.")
-    method = cls(info.name, cls.configure({**about.method_options, **options}))
-    trained = cls(info.name, cls.configure(about.method_options)).options()
+    trained_weights.require_method(about, info.name)
+    told = trained_weights.options_again(about.method_options, cls)
+    method = cls(info.name, cls.configure({**told, **options}))
+    trained = cls(info.name, cls.configure(told)).options()
     for key, value in method.options().items():
         if value != trained[key]:
             raise WeightsError(f"The weights were trained with {key}={trained[key]}: leave '-o {key}={value}' away.")

@@ -49,11 +49,13 @@ class Method(nn.Module):
     Class attributes:
         Config: Frozen dataclass of the method's constants, each with its source beside it.
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
+        RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         MODEL: ``module:Class`` of what puts the method under a protocol.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     MODEL: ClassVar[str] = "ovbench.model:OpenVocabModel"
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:

@@ -40,6 +40,7 @@ class OpenVocabModel(WindowedModel):
             the window batch, so that one shape is compiled.
     """
 
+    takes_words = True
     takes_views = False  # a square and a global view in the protocol
 
     def __init__(
@@ -259,7 +260,6 @@ def build_model(
         UsageError: Unknown names or invalid values.
         WeightsError: The weights cannot be had or do not fit.
     """
-    from ovbench.backbones.clip_weights import load_clip
     from ovbench.registry import method_class
     from ovbench.spec import protocol as preset
 
@@ -279,10 +279,11 @@ def build_model(
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     require_device(device)
-    clip = load_clip(weights, arch, activation=activation, seed=seed, device=device)
-    return OpenVocabModel(
-        cls(clip, config), words, chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
+    built = cls.load(weights, arch, config, activation=activation, seed=seed, device=device)
+    model: OpenVocabModel = cls.model_class()(
+        built, words, chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
     )
+    return model
 
 
 def require_device(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def save(path: Path, state: dict[str, Tensor], about: About) -> None:
         raise RunError(f"Cannot write the weights '{path}': {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_method(about: About, method: str) -> None:
+    """Nothing, if the weights are of that method.
+
+    Raises:
+        WeightsError: They are of another.
+    """
+    if about.method != method:
+        raise WeightsError(f"The weights are of '{about.method}', not of '{method}': use --method {about.method}.")
+
+
+def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """The options that a network was trained with, of a record's options, which also hold what was found out."""
+    known = {field.name for field in fields(cls.Config)}
+    return {key: value for key, value in recorded.items() if key in known and value is not None}
 
 
 def read_about(path: Path) -> About | None:

@@ -99,7 +99,7 @@ def test_a_decode_head_without_mmseg(run_profile):
     ("arguments", "words"),
     [
         (["-m", "sc-clp"], "Did you mean: sc-clip"),
-        (["-m", "psp"], "--part decode_head"),
+        (["-m", "psp", "--features", "64x64"], "--part decode_head"),
         (["-m", "ps", "--part", "decode_head"], "Unknown decode head 'ps'"),
         (["-m", "psp", "--part", "backbone"], "the only part is decode_head"),
         (["-m", "psp", "--part", "decode_head", "--input", "512x512"], "--features"),

@@ -15,7 +15,7 @@ from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.cli.app import run_command
 from ovbench.cli.run import choose
 from ovbench.errors import UsageError
-from ovbench.method import Solver
+from ovbench.method import Method, Solver
 from ovbench.model import OpenVocabModel
 from ovbench.ops.discrepancy import class_posterior, discrepancy_maps
 from ovbench.ops.jbu import jbu
@@ -24,7 +24,13 @@ from ovbench.spec import protocol
 
 CLASSES = ["sky", ["road", "street"], "car", "person"]
 SOLVERS = ["op", "mv", "opmv", "kl", "propagate"]
-BASES = [name for name in method_names() if not name.startswith("discrepancy-")]
+PATCHES = [name for name in method_names() if method_class(name).MODEL == Method.MODEL]
+BASES = [name for name in PATCHES if not name.startswith("discrepancy-")]
+
+
+def test_methods_that_average_views_are_no_bases(clip: DenseCLIP) -> None:
+    with pytest.raises(UsageError, match="'cat-seg' gives logits of views"):
+        method_class("discrepancy-op").build(clip, {"base": "cat-seg", "attention": "clip"})
 
 
 @pytest.fixture(scope="module")

@@ -205,3 +205,58 @@ def test_a_run_of_trained_weights_can_be_verified(whole, data, here, capsys):
     weights = str(only_folder(whole[0]) / records.WEIGHTS)
     status = run_command(["verify", str(record), "--data-root", str(data), "--weights", weights, "--device", "cpu"])
     assert status == 0, capsys.readouterr().err
+
+
+OPEN = (
+    "--weights", "builtin", "-o", "hidden=16", "-o", "layers=1", "-o", "grid=6", "-o", "window=3", "--set", "crop=48",
+    "--set", "resize=64,48", "--set", "batch=2", "--set", "photometric=false", "--workers", "0", "--device", "cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stuff(tmp_path_factory):
+    return synth("coco_stuff", tmp_path_factory.mktemp("stuff"), images=1, train_images=4, size=(48, 64), classes=6)
+
+
+def test_an_open_vocabulary_method_is_trained_resumed_and_evaluated_on_other_words(stuff, here, capsys):
+    command = ["train", "-m", "cat-seg", "-d", "coco_stuff", "--data-root", str(stuff), *OPEN, "--no-eval"]
+    assert run_command([*command, "--set", "iters=4", "--results", "whole"]) == 0
+    assert run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--results", "parts"]) == 0
+    (whole,) = (here / "whole" / "cat-seg" / "coco_stuff").iterdir()
+    (parts,) = (here / "parts" / "cat-seg" / "coco_stuff").iterdir()
+    # as if it had been killed in the last iteration
+    (parts / "checkpoints" / "iteration-00000004.pt").unlink()
+    record = records.read(parts / records.RECORD)
+    records.write(record.model_copy(update={"status": "running"}), parts)
+    assert run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--results", "parts", "--resume"]) == 0
+    one, other = load_file(whole / records.WEIGHTS), load_file(parts / records.WEIGHTS)
+    assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+    spec = records.read(whole / records.RECORD).spec
+    assert (spec.wording, spec.templates, spec.weights, spec.recipe.policy) == (
+        "spaced",
+        "cat-seg",
+        "builtin",
+        "attention",
+    )
+    capsys.readouterr()
+    other_words = synth("voc20", here / "voc", images=1, size=(48, 64))
+    run = ["run", "-m", "cat-seg", "-d", "voc20", "--data-root", str(other_words), "--device", "cpu", "--workers", "0"]
+    assert run_command([*run, "--weights", str(whole / records.WEIGHTS), "--gallery", "0", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["spec"]["method_options"]["hidden"] == 16 and record["spec"]["protocol"]["global_view"]
+    assert record["metrics"]["images"] == 1
+    assert run_command([*run, "--weights", str(whole / records.WEIGHTS), "-m", "lsmseg", "-o", "visual=none"]) == 4
+    assert "of 'cat-seg', not of 'lsmseg'" in capsys.readouterr().err
+
+
+def test_prompts_are_part_of_the_spec(stuff, here, capsys):
+    command = ["train", "-m", "cat-seg", "-d", "coco_stuff", "--data-root", str(stuff), *OPEN, "--dry-run", "--json"]
+    hashes = set()
+    for prompts in ("cat-seg", "lsmseg", "lsmseg:colour"):
+        assert run_command([*command, "--prompts", prompts]) == 0
+        spec = json.loads(capsys.readouterr().out)
+        assert spec["templates"] == prompts
+        hashes.add(spec["templates_sha256"])
+    assert len(hashes) == 3
+    fixed = ["train", "-m", "fcn", "-d", "ade20k", "--demo", "--dry-run", "--device", "cpu", "--prompts", "lsmseg"]
+    assert run_command(fixed) == 2 and "fixed list of classes" in capsys.readouterr().err

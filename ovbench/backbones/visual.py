@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.attention_vit import ViTSource, load_vit
+from ovbench.backbones.attention_vit import VITS, ViTSource, load_vit
 from ovbench.errors import unknown_name
 
 NONE = "none"
@@ -112,8 +112,8 @@ def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> Visu
 
     Args:
         name: See :func:`visual_names`.
-        weights: None fetches the published weights from the hub (or its cache); ``"random"`` gives the architecture
-            alone; else a file, or for SAM a folder in transformers' layout.
+        weights: None, or the repository's name, fetches the published weights from the hub (or its cache); ``"random"``
+            gives the architecture alone; else a file, or for SAM a folder in transformers' layout.
         seed: Seed of random weights.
 
     Raises:
@@ -125,6 +125,7 @@ def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> Visu
     if name == NONE:
         return None
     if name in DINO:
+        weights = None if weights == VITS[DINO[name]].hub else weights  # as records name it
         return DinoEncoder(name, load_vit(DINO[name], weights, seed=seed))
     from ovbench.backbones.sam import load_sam
 

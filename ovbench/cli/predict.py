@@ -43,7 +43,7 @@ def predict(
     write: Annotated[str | None, typer.Option("--write", help="What goes to --out-dir: some of labels, overlay, logits, features.  [default: labels,overlay]")] = None,
     save_logits: Annotated[Path | None, typer.Option(help="npz: seg_logits (Q, H, W) float32, cosine, before scale and softmax.")] = None,
     save_features: Annotated[Path | None, typer.Option(help="npz: features (N, D) float32 of the whole image, row by row, and grid (h, w).")] = None,
-    short_side: Annotated[int, typer.Option(min=0, help="Resize the short side to this many pixels; 0 = as it is.")] = 336,
+    short_side: Annotated[int | None, typer.Option(min=0, help="Resize the short side to this many pixels; 0 = as it is. Default: the preset's.")] = None,
     mode: Annotated[str | None, typer.Option(help="slide or whole.")] = None,
     crop: Annotated[int | None, typer.Option(help="Window side in pixels.")] = None,
     stride: Annotated[int | None, typer.Option(help="Window step in pixels.")] = None,

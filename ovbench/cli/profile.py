@@ -21,13 +21,13 @@ WHAT, PROTOCOL, WORK = "What to profile", "Whole image", "How to measure"
 
 
 def profile(
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), PATH.py:Class, or with --part decode_head a closed-set head, bare or as caa-HEAD or ecac-HEAD: fcn, psp, ccnet, deeplabv3, deeplabv3plus, uper, isnet, segnext.", rich_help_panel=WHAT)] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or PATH.py:Class. Of closed-set methods the whole network, or with --part decode_head the head.", rich_help_panel=WHAT)] = None,
     solver: Annotated[str | None, typer.Option(help="Discrepancy solver, as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
     base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on.", rich_help_panel=WHAT)] = None,
     attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip.", rich_help_panel=WHAT)] = None,
     attention_weights: Annotated[str | None, typer.Option(help="Its weights. Default: random where --weights is random or builtin.", rich_help_panel=WHAT)] = None,
     part: Annotated[str | None, typer.Option(help="decode_head: a closed-set head alone, on features of its encoder (--arch; default resnet50-v1c).", rich_help_panel=WHAT)] = None,
-    arch: Annotated[str | None, typer.Option(help="open_clip architecture; default ViT-B-16.", rich_help_panel=WHAT)] = None,
+    arch: Annotated[str | None, typer.Option(help="open_clip architecture (default ViT-B-16), or a closed-set method's encoder.", rich_help_panel=WHAT)] = None,
     weights: Annotated[str, typer.Option(help="random (nothing is downloaded, the cost is the same), builtin, a tag or a file.", rich_help_panel=WHAT)] = "random",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method; may be repeated.", rich_help_panel=WHAT)] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Benchmark whose preset values and class words are meant; no data is read.", rich_help_panel=WHAT)] = None,
@@ -110,12 +110,9 @@ def _method_spec(
     """The spec of an open-vocabulary method, its names checked before any process starts."""
     from ovbench import benchmarks
     from ovbench import spec as specs
-    from ovbench.methods.hosts import HOSTS, addon_and_host  # type: ignore[import-not-found]
     from ovbench.profile.report import ProfileSpec
     from ovbench.registry import method_info
 
-    if addon_and_host(fields["method"])[1] in HOSTS:
-        raise UsageError(f"'{fields['method']}' is a decode head: say --part decode_head.")
     if features is not None:
         raise UsageError("--features is the input of a decode head: say --part decode_head, or give --input HxW.")
     method_info(fields["method"])

@@ -30,7 +30,8 @@ def train(
     data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it.", rich_help_panel=WHAT)] = None,
     demo: Annotated[bool, typer.Option("--demo", help="A minute on generated scenes with a small encoder: tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
     arch: Annotated[str | None, typer.Option(help="Encoder, e.g. resnet50-v1c, resnet101-v1c, swin-b, mscan-b, tiny. Default: the method's.", rich_help_panel=WHAT)] = None,
-    weights: Annotated[str, typer.Option(help="Pretrained weights of the encoder: a file (.safetensors, .pth), or 'random'.", rich_help_panel=WHAT)] = "random",
+    weights: Annotated[str | None, typer.Option(help="What to start from. Closed-set methods: the encoder's pretrained weights (.safetensors, .pth) or 'random' (default). Others: CLIP's weights, an open_clip tag (default openai) or a file.", rich_help_panel=WHAT)] = None,
+    prompts: Annotated[str | None, typer.Option(help="How the words of classes become sentences, for methods that read words; as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method, e.g. -o inter=false; may be repeated.", rich_help_panel=WHAT)] = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON or YAML file with fields of the recipe; those it lacks are the method's.", rich_help_panel=HOW)] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Field of the recipe, e.g. --set lr=0.005 --set iters=8000; may be repeated.", rich_help_panel=HOW)] = None,
@@ -73,7 +74,7 @@ def train(
         )  # fmt: skip
         planned = training.plan(
             method, dataset, arch=arch, weights=weights, method_options=parse_options(option or []), recipe_file=recipe,
-            changes=parse_options(changes or [], "--set"), limit_iters=limit_iters, seed=seed,
+            changes=parse_options(changes or [], "--set"), limit_iters=limit_iters, sentences=prompts, seed=seed,
             device=device or _own_device(launcher), demo=demo, options=where,
         )  # fmt: skip
         if dry_run:

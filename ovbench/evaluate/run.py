@@ -182,26 +182,34 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     wording = wording_of(benchmark, spec)
     words, wording_hash = words_of(benchmark, spec)
 
-    from ovbench.backbones.clip_weights import load_clip
-    from ovbench.model import OpenVocabModel, require_device
+    from ovbench.model import require_device
     from ovbench.registry import method_class, method_info
     from ovbench.text import prompts
+    from ovbench.trained_weights import options_again, read_about, require_method
 
     require_device(spec.device)
     cls = method_class(spec.method)
-    config = cls.configure_for(spec.method_options, weights=spec.weights, demo=spec.demo)
+    path = Path(spec.weights).expanduser()
+    about = read_about(path) if path.is_file() else None
+    given = spec.method_options
+    if about is not None:
+        require_method(about, method_info(spec.method).name)
+        given = {**options_again(about.method_options, cls), **given}
+    config = cls.configure_for(given, weights=spec.weights, demo=spec.demo)
     query_words = [word for entry in words for word in entry]
     prompts_hash = prompts(spec.protocol.templates).sha256(query_words)
-    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=spec.device)
-    method = cls(clip, config)
+    method = cls.load(spec.weights, spec.arch, config, activation=spec.activation, seed=spec.seed, device=spec.device)
+    clip = method.clip
     protocol = spec.protocol.model_copy(
         update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": prompts_hash}
     )
     info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
-    model = OpenVocabModel(
+    model = cls.model_class()(
         method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
     )
+    _note_trial(state, about)
     return model, {
+        "demo": about is not None and about.demo,
         "protocol": protocol,
         "method": info.name,
         "method_options": {**method.options(), **info.recorded()},
@@ -230,8 +238,7 @@ def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         method_options=spec.method_options,
     )
     about = loaded.about
-    if about is not None and about.iterations < about.planned:
-        state.partial_reason = f"weights of a trial: {about.iterations} of {about.planned} iterations were trained"
+    _note_trial(state, about)
     info = method_info(spec.method)
     return model, {
         "method": info.name,
@@ -240,6 +247,12 @@ def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         "weights_sha256": loaded.weights_sha256,
         "demo": about is not None and about.demo,
     }
+
+
+def _note_trial(state: _State, about: Any) -> None:
+    """Marks a run partial whose weights were not trained to the end."""
+    if about is not None and about.iterations < about.planned:
+        state.partial_reason = f"weights of a trial: {about.iterations} of {about.planned} iterations were trained"
 
 
 def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:

@@ -216,7 +216,10 @@ def _count(model: SegmentationModel, dataset: Any) -> tuple[flops.Flops, str]:
     boxes = 1
     if isinstance(model, ClosedSetModel) and views_inside(protocol):
         height, width = model.resized(image, 1.0).shape[-2:]
-    if protocol.mode == "slide":
+    if model.takes_views:
+        inputs = model.views((height, width))  # type: ignore[operator]
+        boxes, (height, width) = len(inputs), inputs[0]
+    elif protocol.mode == "slide":
         found = windows(height, width, protocol.crop, protocol.stride)
         boxes = len(found)
         height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,45 +115,29 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
 
 
 def _model(spec: ProfileSpec, device: torch.device) -> Subject:
-    """A method on its CLIP with a vocabulary and a protocol."""
-    from ovbench.backbones.clip_weights import load_clip
-    from ovbench.method import random_backbones
-    from ovbench.model import OpenVocabModel
+    """A method with its classes under a protocol."""
     from ovbench.ops.windows import windows
-    from ovbench.registry import method_class, method_info
+    from ovbench.registry import CLOSED_SET, method_info
 
     assert spec.protocol is not None  # the launcher fills it in
-    cls = method_class(spec.method)
-    options = dict(spec.method_options)
-    if spec.weights in {"random", "builtin"}:
-        options = {**random_backbones(cls, options), **options}
-    words = _words(spec)
-    clip = load_clip(spec.weights, spec.arch, activation=spec.activation, seed=spec.seed, device=str(device))
-    method = cls(clip, cls.configure(options))
-    model = OpenVocabModel(
-        method,
-        words,
-        spec.protocol,
-        dtype=spec.dtype,
-        window_batch=spec.window_batch,
-        compile_mode=spec.compile_mode,
-    )
+    info = method_info(spec.method)
+    model, parts, found = (_closed_set if info.track == CLOSED_SET else _open_vocabulary)(spec, str(device))
     height, width = _input_size(spec)
     protocol = model.protocol
     side = max(height, width)
     boxes = windows(height, width, *((side, side) if protocol.mode == "whole" else (protocol.crop, protocol.stride)))
     window = (boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1])
-    info = method_info(spec.method)
+    views = len(boxes)
+    if model.takes_views:
+        inputs = model.views((height, width))
+        window, views = inputs[0], len(inputs)
     filled = spec.model_copy(
         update={
+            **found,
             "method": info.name,
-            "method_options": {**method.options(), **info.recorded()},
-            "arch": clip.arch,
+            "method_options": {**found["method_options"], **info.recorded()},
             "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
-            "weights_sha256": clip.weights_sha256,
-            "activation": clip.activation,
             "classes": model.num_classes,
-            "words": len(model.query_words),
             "input": f"{height}x{width}",
         }
     )
@@ -168,7 +152,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
 
         def step() -> object:
             with torch.inference_mode(), _precision(spec, device):
-                return model.network(ready, model.text)
+                return model.run_network(ready)
 
         return step
 
@@ -181,28 +165,88 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
 
     @contextmanager
     def countable() -> Iterator[None]:
-        network = model.network
+        name = "network" if model.takes_words else "call"
+        network = getattr(model, name)
         # what torch.compile was given
-        model.network = getattr(network, "_torchdynamo_orig_callable", network)
+        setattr(model, name, getattr(network, "_torchdynamo_orig_callable", network))
         try:
             yield
         finally:
-            model.network = network
+            setattr(model, name, network)
 
     with torch.inference_mode():
         shape = model.network_input(pictures(1, window)).shape
     return Subject(
         spec=filled,
         network=model,
-        parts=_parts(method),
+        parts=parts,
         device=device,
         forward=forward,
         forward_input="x".join(str(side) for side in shape),
         image=image,
-        windows=len(boxes),
+        windows=views,
         watch=watch,
         countable=countable,
     )
+
+
+def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
+    """The model of a method on its CLIP, its parts, and what was found out for the spec."""
+    from ovbench.method import random_backbones
+    from ovbench.registry import method_class
+
+    cls = method_class(spec.method)
+    options = dict(spec.method_options)
+    if spec.weights in {"random", "builtin"}:
+        options = {**random_backbones(cls, options), **options}
+    method = cls.load(
+        spec.weights, spec.arch, cls.configure(options), activation=spec.activation, seed=spec.seed, device=device
+    )
+    model = cls.model_class()(
+        method,
+        _words(spec),
+        spec.protocol,
+        dtype=spec.dtype,
+        window_batch=spec.window_batch,
+        compile_mode=spec.compile_mode,
+    )
+    found = {
+        "method_options": method.options(),
+        "arch": method.clip.arch,
+        "weights_sha256": method.clip.weights_sha256,
+        "activation": method.clip.activation,
+        "words": len(model.query_words),
+    }
+    return model, _parts(method), found
+
+
+def _closed_set(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
+    """As :func:`_open_vocabulary`, of a network for a fixed number of classes."""
+    from ovbench import benchmarks
+    from ovbench.closed_set_weights import build_closed_set_model
+
+    classes: Sequence[str] = [f"class {number}" for number in range(spec.classes or DEFAULT_CLASSES)]
+    if spec.dataset is not None and spec.classes is None:
+        classes = benchmarks.get(spec.dataset).class_names
+    model, loaded = build_closed_set_model(
+        spec.method,
+        classes=classes,
+        weights=spec.weights,
+        arch=spec.arch,
+        protocol=spec.protocol,
+        dtype=spec.dtype,
+        device=device,
+        window_batch=spec.window_batch,
+        compile_mode=spec.compile_mode,
+        seed=spec.seed,
+        method_options=dict(spec.method_options),
+    )
+    found = {
+        "method_options": loaded.method.options(),
+        "arch": loaded.arch,
+        "weights_sha256": loaded.weights_sha256,
+    }
+    return model, dict(loaded.network.segmentor.named_children()), found
 
 
 def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManager[Any]:

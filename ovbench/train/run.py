@@ -26,10 +26,9 @@ DEMO: dict[str, Any] = {
     "images": 16, "train_images": 64, "seed": 20261121, "long_tail": 1.0, "classes": 24, "size": (96, 128),
 }  # fmt: skip
 # A minute or two on a CPU. Without colour jitter, because colour is what tells generated classes apart.
-DEMO_RECIPE = {
-    "iters": "300", "batch": "8", "crop": "64", "resize": "128,96", "lr": "0.02", "photometric": "false",
-    "ratio_range": "0.75,1.5", "weight_decay": "0.0005",
-}  # fmt: skip
+DEMO_RECIPE = {"crop": "64", "resize": "128,96", "photometric": "false", "ratio_range": "0.75,1.5"}
+DEMO_CLOSED_SET = {"iters": "300", "batch": "8", "lr": "0.02", "weight_decay": "0.0005"}
+DEMO_OPEN_VOCABULARY = {"iters": "60", "batch": "2", "lr": "0.001"}
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,11 @@ def plan(
     dataset: str,
     *,
     arch: str | None = None,
-    weights: str = "random",
+    weights: str | None = None,
     method_options: dict[str, Any] | None = None,
     recipe_file: Path | None = None,
     changes: dict[str, str] | None = None,
+    sentences: str | None = None,
     limit_iters: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -105,10 +105,12 @@ def plan(
         method: Method id.
         dataset: Benchmark id; it must have a training split.
         arch: Encoder; None takes the method's default.
-        weights: What training starts from, ``random`` or a file.
+        weights: What training starts from: of a closed-set method ``random`` (None) or a file for the encoder; of others
+            CLIP's weights, None being OpenAI's.
         method_options: Switches of the method.
         recipe_file: Fields that replace those of the method's recipe.
         changes: Fields as text.
+        sentences: How words become sentences, for methods that read words; None: as the method's protocol has it.
         limit_iters: Stop after so many iterations of the schedule.
         seed: Of everything that is drawn.
         device: Torch device.
@@ -121,18 +123,21 @@ def plan(
     from ovbench import benchmarks
     from ovbench.model import require_device
     from ovbench.registry import method_info
+    from ovbench.train import subject as subjects
     from ovbench.train.recipe import recipe as recipe_of
-    from ovbench.train.subject import build_subject, choose_parameters, needs_class_frequencies, recipes, trial_options
 
     where = options or TrainOptions()
     info = method_info(method)
-    declared = recipes(method)
+    declared = subjects.recipes(method)
     benchmark = benchmarks.get(dataset).for_split("train")
     given = dict(changes or {})
+    closed = subjects.is_closed_set(method)
+    if weights is None:
+        weights = "random" if closed else "builtin" if demo else "openai"
     if demo:
-        arch = arch or "tiny"
-        given = {**DEMO_RECIPE, **given}
-        method_options = {**trial_options(method), **(method_options or {})}
+        arch = arch or ("tiny" if closed else None)
+        given = {**DEMO_RECIPE, **(DEMO_CLOSED_SET if closed else DEMO_OPEN_VOCABULARY), **given}
+        method_options = {**subjects.trial_options(method), **(method_options or {})}
     recipe, moved = recipe_of(declared, benchmark.name, recipe_file, given)
     require_device(device)
     processes = _world(where.launcher)[1]
@@ -145,20 +150,35 @@ def plan(
     images = len(benchmark.pairs(root))
     chosen = dict(method_options or {})
     frequencies = None
-    if needs_class_frequencies(method, chosen):
+    if subjects.needs_class_frequencies(method, chosen):
         from ovbench.benchmarks.frequencies import class_pixels
 
         frequencies = class_pixels(benchmark, root, progress=where.on_count).tolist()
-    subject = build_subject(
-        method, chosen, arch, weights, benchmark.num_classes, seed=seed, device=device, class_frequencies=frequencies
-    )
-    groups, parts = choose_parameters(subject.network, recipe.policy)
+    if closed:
+        if sentences is not None:
+            raise UsageError(f"--prompts is for methods that read words: '{method}' has a fixed list of classes.")
+        subject = subjects.closed_set_subject(
+            method,
+            chosen,
+            arch,
+            weights,
+            benchmark.num_classes,
+            seed=seed,
+            device=device,
+            class_frequencies=frequencies,
+        )
+    else:
+        subject = subjects.open_vocabulary_subject(
+            method, chosen, arch, weights, benchmark, sentences=sentences, seed=seed, device=device
+        )
+    groups, parts = subjects.choose_parameters(subject.network, recipe.policy)
     spec = TrainSpec(
         method=info.name,
         method_options={**subject.options, **info.recorded()},
         arch=subject.arch,
-        weights=weights if subject.weights_sha256 is None else Path(weights).name,
+        weights=Path(weights).name if Path(weights).expanduser().is_file() else weights,
         weights_sha256=subject.weights_sha256,
+        **subject.text,
         dataset=benchmark.name,
         dataset_version=benchmark.version,
         dataset_fingerprint=fingerprint,

@@ -27,7 +27,7 @@ from mmengine.registry import LOOPS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
 from ovbench.closed_set import ParameterGroup  # noqa: E402
-from ovbench.errors import RunError  # noqa: E402
+from ovbench.errors import RunError, WeightsError  # noqa: E402
 from ovbench.train import checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
 from ovbench.train.recipe import Recipe  # noqa: E402
@@ -236,6 +236,11 @@ class TrainRunner(Runner):  # type: ignore[misc]
         """The hook that keeps the running mean, where the recipe has one."""
         return next((hook for hook in self.hooks if isinstance(hook, EMAHook)), None)
 
+    def state(self) -> dict[str, Tensor]:
+        """The network's state without parts that no training changes."""
+        frozen = tuple(getattr(self.plain_model, "FROZEN", ()))
+        return {key: value for key, value in self.plain_model.state_dict().items() if not key.startswith(frozen)}
+
     def averaged_state(self) -> dict[str, Tensor]:
         """The weights to evaluate: the running mean where there is one."""
         hook = self.ema()
@@ -252,7 +257,7 @@ class TrainRunner(Runner):  # type: ignore[misc]
             journal.folder,
             journal.iteration,
             {
-                "state_dict": self.plain_model.state_dict(),
+                "state_dict": self.state(),
                 "optimizer": self.optim_wrapper.state_dict(),
                 "schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
                 "ema": None if hook is None else hook.ema_model.state_dict(),
@@ -265,7 +270,11 @@ class TrainRunner(Runner):  # type: ignore[misc]
         if self.resume_from is None:
             return
         content = checkpoint.read(self.resume_from)
-        self.plain_model.load_state_dict(content["state_dict"])
+        if set(content["state_dict"]) != set(self.state()):
+            raise WeightsError(
+                f"The checkpoint '{self.resume_from}' is of another network: start anew without --resume."
+            )
+        self.plain_model.load_state_dict(content["state_dict"], strict=False)
         self.optim_wrapper.load_state_dict(content["optimizer"])
         for scheduler, state in zip(self.param_schedulers, content["schedulers"], strict=True):
             scheduler.load_state_dict(state)

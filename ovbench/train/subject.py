@@ -13,7 +13,9 @@ from ovbench.closed_set import ParameterGroup
 from ovbench.closed_set_weights import TRAINING_ONLY, build_network, configured_method
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of_file
-from ovbench.registry import CLOSED_SET, closed_set_class, method_info
+from ovbench.registry import CLOSED_SET, class_of, method_info
+from ovbench.spec import protocol
+from ovbench.text import prompts
 from ovbench.train.record import PartReport
 
 
@@ -25,6 +27,7 @@ class Subject:
         network: Has ``losses(images, labels)`` and ``parameter_groups(policy)``; all of it on one device.
         options: All of the method's options.
         arch: Encoder or open_clip architecture.
+        text: How classes become sentences, for the spec; empty where there are none.
         weights_sha256: Hash of the file that training starts from; None where that is random.
         exported: Which part of the state is needed to evaluate.
     """
@@ -32,6 +35,7 @@ class Subject:
     network: nn.Module
     options: dict[str, Any]
     arch: str
+    text: dict[str, str | None]
     weights_sha256: str | None
     exported: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -42,22 +46,77 @@ def recipes(method: str) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: It cannot be trained.
     """
-    if method_info(method).track == CLOSED_SET:
-        return closed_set_class(method).RECIPES
-    raise UsageError(f"'{method}' is training-free: there is nothing to train. See 'ovbench list methods'.")
+    declared: dict[str, dict[str, Any]] = class_of(method).RECIPES
+    if not declared:
+        raise UsageError(f"'{method}' is training-free: there is nothing to train. See 'ovbench list methods'.")
+    return declared
 
 
 def trial_options(method: str) -> dict[str, Any]:
     """Options that make a method small enough for a demo."""
-    return dict(closed_set_class(method).TRIAL_OPTIONS)
+    cls = class_of(method)
+    return dict(cls.TRIAL_OPTIONS if is_closed_set(method) else cls.OFFLINE_OPTIONS)
+
+
+def is_closed_set(method: str) -> bool:
+    """Whether the method's classes are fixed when it is trained."""
+    return method_info(method).track == CLOSED_SET
 
 
 def needs_class_frequencies(method: str, options: dict[str, Any]) -> bool:
     """Whether a loss of the method wants to know how frequent each class is."""
-    return configured_method(method, options).needs_class_frequencies()
+    return is_closed_set(method) and configured_method(method, options).needs_class_frequencies()
 
 
-def build_subject(
+def open_vocabulary_subject(
+    method: str,
+    options: dict[str, Any],
+    arch: str | None,
+    weights: str,
+    benchmark: Any,
+    *,
+    sentences: str | None,
+    seed: int,
+    device: str,
+) -> Subject:
+    """The network of a method that reads classes as words, ready to be trained.
+
+    Args:
+        method: Method id.
+        options: Switches.
+        arch: open_clip architecture, where the weights do not tell.
+        weights: Of CLIP: tag, file, ``builtin`` or ``random``; or a checkpoint of the method.
+        benchmark: Whose classes are trained, each by the first of its words under the wording of the method's protocol.
+        sentences: How words become sentences; None: as the method's protocol has it.
+        seed: Of random weights.
+        device: Torch device.
+    """
+    info, cls = method_info(method), class_of(method)
+    preset = protocol("paper", benchmark.name, method=method)
+    wording = preset.wording if preset.wording in benchmark.wordings else benchmark.wordings[0]
+    words = [entry[0] for entry in benchmark.words(wording)]
+    chosen = prompts(sentences or preset.templates)
+    built = cls.load(
+        weights, arch, cls.configure_for(options, weights=weights), seed=seed, device=device, training=True
+    )
+    built.set_training_classes(words, chosen)
+
+    def exported(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        built.load_state_dict(state)
+        tensors: dict[str, Tensor] = built.public_state()
+        return tensors
+
+    return Subject(
+        network=built.train(),
+        options={**built.options(), **info.recorded()},
+        arch=built.clip.arch,
+        text={"wording": wording, "templates": sentences or preset.templates, "templates_sha256": chosen.sha256(words)},
+        weights_sha256=built.clip.weights_sha256,
+        exported=exported,
+    )
+
+
+def closed_set_subject(
     method: str,
     options: dict[str, Any],
     arch: str | None,
@@ -68,7 +127,7 @@ def build_subject(
     device: str,
     class_frequencies: Sequence[int] | None = None,
 ) -> Subject:
-    """The network of a method, ready to be trained.
+    """The network of a closed-set method, ready to be trained.
 
     Args:
         method: Method id.
@@ -97,9 +156,19 @@ def build_subject(
         network=network.to(device).train(),
         options=chosen.options(),
         arch=arch,
+        text={},
         weights_sha256=None if file is None else sha256_of_file(Path(file)),
         exported=lambda state: {key: value for key, value in state.items() if not key.startswith(extra)},
     )
+
+
+def _group(network: nn.Module, group: Any) -> ParameterGroup:
+    """A group of parameters, which plain methods give by name."""
+    if isinstance(group, ParameterGroup):
+        return group
+    named = dict(network.named_parameters())
+    parameters = tuple(named[name] for name in group["params"])
+    return ParameterGroup(group["name"], parameters, group["lr_mult"], group["weight_decay_mult"])
 
 
 def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], tuple[PartReport, ...]]:
@@ -108,7 +177,7 @@ def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], 
     Raises:
         UsageError: Unknown policy.
     """
-    groups: list[ParameterGroup] = network.parameter_groups(policy)
+    groups = [_group(network, group) for group in network.parameter_groups(policy)]
     chosen = {id(parameter) for group in groups for parameter in group.parameters}
     frozen = 0
     for parameter in network.parameters():
