@@ -30,6 +30,7 @@ class About(BaseModel):
     spec_hash: str = Field(description="hash of the training's spec")
     iterations: int = Field(description="iterations done")
     planned: int = Field(description="iterations of the recipe")
+    overrides: list[str] = Field([], description="what was set against the method's recipe, 'policy=frozen-clip'")
     demo: bool = Field(False, description="trained on generated scenes")
 
 
@@ -50,6 +51,11 @@ def save(path: Path, state: dict[str, Tensor], about: About) -> None:
         raise RunError(f"Cannot write the weights '{path}': {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def told(about: About | None) -> dict[str, Any]:
+    """What a run's record says of its weights' training beside the options; empty for weights that are not ours."""
+    return {} if about is None else {"trained_on": about.dataset, "training_overrides": about.overrides}
 
 
 def require_method(about: About, method: str) -> None:

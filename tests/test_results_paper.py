@@ -13,6 +13,7 @@ from ovbench.errors import DataError
 from ovbench.results import profiles, render, render_markup
 from ovbench.results.measured import of_record
 from ovbench.results.paper import RULE, arrange
+from ovbench.results.published import tables
 
 EIGHT = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 
@@ -150,7 +151,7 @@ def test_rows_say_why_they_have_no_number_of_ours(run, monkeypatch):
     from ovbench.results import paper
 
     # the paper's own methods may be built or not
-    monkeypatch.setattr(paper, "method_names", lambda: ["clip", "sc-clip", "discrepancy-op"])
+    monkeypatch.setattr(paper, "method_names", lambda *_: ["clip", "sc-clip", "discrepancy-op"])
     section = _table([run()])
     assert _row(section, row="FreeDa")[1]["state"] == "published only"
     assert _row(section, row="CASS")[1]["state"] == "not built"
@@ -158,7 +159,7 @@ def test_rows_say_why_they_have_no_number_of_ours(run, monkeypatch):
     assert _sc_clip(section)[1]["state"] == ""
     ablation = _table([], number="2")
     assert _row(ablation, row="(V) (IV) + O.P.")[1]["state"] == "no run"
-    monkeypatch.setattr(paper, "method_names", lambda: ["fisa"])
+    monkeypatch.setattr(paper, "method_names", lambda *_: ["fisa"])
     assert {
         dict(zip(s.settings, row.settings, strict=True))["state"] for s in [_table([], "fisa", "3a")] for row in s.rows
     } == {"settings not stated"}
@@ -378,6 +379,240 @@ def test_what_ovbench_profile_stores_can_be_read(head):
     figures = set(report.ProfileEfficiency.model_fields)
     assert set(profiles._ProfileFigures.model_fields) <= figures
     assert set(profiles._Profile.model_fields) <= set(report.ProfileRecord.model_fields)
+
+
+# --- trained methods ----------------------------------------------------------------------------------------------------
+
+SIX_SCALES = {"name": "closed-set", "flip": True, "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
+
+
+@pytest.fixture
+def trained(make_record):
+    """Makes a run with trained weights and every option of its method."""
+
+    def make(method, *, arch=None, options=None, protocol="paper", dataset="ade20k", noted=None, **fields):
+        from dataclasses import asdict
+
+        from ovbench.registry import closed_set_class, method_class, method_info
+
+        closed = method_info(method).track == "closed-set"
+        cls = closed_set_class(method) if closed else method_class(method)
+        spec = {
+            "arch": arch or ("resnet50-v1c" if closed else "ViT-B-16"),
+            "weights": "model.safetensors",
+            "method_options": {**asdict(cls.configure(options or {})), **(noted or {})},
+            "protocol": protocol,
+            **fields.pop("spec", {}),
+        }
+        return make_record(method=method, dataset=dataset, spec=spec, **fields)
+
+    return make
+
+
+def _places(record):
+    """All (table, row, backbone, training data) of the three theses that show this record."""
+    found = set()
+    for paper in ("thesis-caa", "thesis-ecac", "thesis-lsmseg"):
+        for number in tables(paper):
+            (section,) = arrange(paper, number, [of_record(record)]).sections
+            for row in section.rows:
+                if any(cell.value is not None and column.figure == "mIoU"
+                       for cell, column in zip(row.cells, section.columns, strict=True)):  # fmt: skip
+                    named = dict(zip(section.settings, row.settings, strict=True))
+                    found.add((number, named["row"], named["backbone"], named.get("trained on", "")))
+    return found
+
+
+def _rows_of(record):
+    return {(number, row) for number, row, _, _ in _places(record)}
+
+
+CAA_FCN = {("3.2", "FCN + CC + SA"), ("3.3", "FCN + intra + inter"), ("3.4", "FCN+CAA aux + aff"), ("3.7", "FCN+CAA")}
+ECAC_FCN = {
+    ("4.2", "+ ECAC + L_rce + L_mem + L_KL + L_mse"),
+    ("4.3", "alpha=1 beta=50"),
+    ("4.4", "ECAC (masked centre update)"),
+    ("4.7", "FCN+ECAC"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("fcn", {}, {("3.2", "FCN Baseline"), ("3.3", "FCN Baseline"), ("3.7", "FCN"), ("4.6", "FCN"), ("4.7", "FCN")}),
+        ("caa-fcn", {}, CAA_FCN),
+        ("caa-fcn", {"affinity": False}, {("3.2", "FCN + CC")}),
+        ("caa-fcn", {"center": False}, {("3.2", "FCN + SA")}),
+        ("caa-fcn", {"inter": False}, {("3.3", "FCN + intra-class")}),
+        ("caa-fcn", {"intra": False}, {("3.3", "FCN + inter-class")}),
+        ("caa-fcn", {"aux_weight": 0, "affinity_weight": 0}, {("3.4", "FCN+CAA no aux, no aff")}),
+        ("caa-fcn", {"aux_weight": 0}, {("3.4", "FCN+CAA aff")}),
+        ("caa-fcn", {"affinity_weight": 0}, {("3.4", "FCN+CAA aux")}),
+        ("caa-fcn", {"affinity": False, "aux_weight": 0}, set()),
+        ("caa-fcn", {"row_normalise": False}, set()),
+        ("caa-fcn", {"auxiliary_head": False}, set()),
+        ("caa-segnext", {}, set()),
+    ],
+)
+def test_options_choose_the_row_of_an_ablation(trained, method, options, expected):
+    assert _rows_of(trained(method, options=options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("ecac-fcn", {}, ECAC_FCN),
+        ("ecac-fcn", {"ecac": False, "reweight": False}, {("4.2", "FCN baseline"), ("4.4", "FCN baseline")}),
+        ("ecac-fcn", {"ecac": False}, {("4.2", "+ L_rce")}),
+        ("ecac-fcn", {"memory_loss": False, "kl_weight": 0, "iv_weight": 0}, {("4.2", "+ ECAC + L_rce")}),
+        (
+            "ecac-fcn",
+            {"kl_weight": 0, "iv_weight": 0},
+            {("4.2", "+ ECAC + L_rce + L_mem"), ("4.3", "alpha=0 beta=0")},
+        ),
+        ("ecac-fcn", {"iv_weight": 0}, {("4.2", "+ ECAC + L_rce + L_mem + L_KL"), ("4.3", "alpha=1 beta=0")}),
+        ("ecac-fcn", {"kl_weight": 0.1, "iv_weight": 0}, {("4.3", "alpha=0.1 beta=0")}),
+        ("ecac-fcn", {"iv_weight": 200}, {("4.3", "alpha=1 beta=200")}),
+        ("ecac-fcn", {"memory_update": "cosine"}, {("4.4", "ECAC (cosine update)")}),
+        ("deeplabv3plus", {}, {("4.5", "DeepLabV3+"), ("4.7", "DeepLabV3+")}),
+        ("ecac-deeplabv3plus", {"calibration": False}, {("4.5", "DeepLabV3+ + ECAC")}),
+        ("ecac-deeplabv3plus", {}, {("4.5", "DeepLabV3+ + ECAC + calibration"), ("4.7", "DeepLabV3+ + ECAC")}),
+    ],
+)
+def test_options_choose_the_row_of_an_ablation_on_context(trained, method, options, expected):
+    assert _rows_of(trained(method, options=options, dataset="context59")) == expected
+
+
+@pytest.mark.parametrize("protocol", ["closed-set-ms", SIX_SCALES])
+def test_several_scales_stand_beside_several_scales_only(trained, protocol):
+    assert _rows_of(trained("caa-fcn", protocol=protocol)) == set()
+    assert _places(trained("caa-uper", arch="resnet101-v1c", protocol=protocol)) == {
+        ("3.1", "UperNet+CAA", "ResNet101", ""),
+        ("4.1", "CAA", "ResNet-101", ""),
+    }
+    assert _places(trained("caa-uper", arch="swin-l", protocol=protocol)) == {("3.1", "UperNet+CAA", "Swin-Large", "")}
+    assert _places(trained("caa-uper", arch="vit-l", protocol=protocol)) == {("3.1", "UperNet+CAA", "ViT-Large", "")}
+    assert _places(trained("ecac-uper", arch="swin-b", protocol=protocol)) == {
+        ("4.1", "UperNet + ECAC", "Swin-Base", "")
+    }
+    assert _places(trained("ecac-segnext", arch="mscan-l", protocol=protocol)) == {
+        ("4.1", "SegNeXt + ECAC", "MSCAN-L", "")
+    }
+    assert _places(trained("ecac-segnext", arch="mscan-b", protocol=protocol)) == set()
+    assert _places(trained("caa-uper", arch="swin-t", protocol=protocol)) == set()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arch": "resnet101-v1c"},
+        {"arch": "resnet18-v1c"},
+        {"arch": "swin-l"},
+        {"protocol": {"name": "closed-set", "flip": True}},
+        {"protocol": {"name": "closed-set", "scales": (0.5, 1.0)}},
+        {"protocol": {"name": "closed-set-ms", "flip": False}},
+        {"protocol": {"name": "closed-set", "short_side": 640}},
+        {"protocol": {"name": "closed-set-ms", "short_side": 640}},
+        {"protocol": "common"},
+        {"spec": {"weights": "random"}},
+        {"spec": {"demo": True}},
+        {"partial": True, "reason": "weights of a trial"},
+        {"status": "failed", "reason": "out of memory"},
+        {"noted": {"training_overrides": ["iters=1000"]}},
+        {"dataset": "cityscapes"},
+    ],
+)
+def test_what_is_no_result_of_a_trained_method_stands_nowhere(trained, change):
+    assert _rows_of(trained("caa-fcn")) == CAA_FCN
+    assert _rows_of(trained("caa-fcn", **change)) == set()
+
+
+def test_a_chosen_protocol_does_not_let_others_in(trained):
+    record = trained("caa-uper", arch="resnet101-v1c", protocol="closed-set-ms")
+
+    def shown(protocol):
+        (section,) = arrange("thesis-caa", "3.1", [of_record(record)], protocol).sections
+        return [cell.value for row in section.rows for cell in row.cells if cell.value is not None]
+
+    assert len(shown(None)) == len(shown("closed-set-ms")) == 1 and shown("common") == []
+
+
+def test_heads_for_another_encoder_are_refused(head, stored):
+    same, other = head(params=23.15, spec={"arch": "resnet50-v1c"}), head(params=9.0, spec={"arch": "swin-l"})
+    cell = _psp(stored(same, other))[0]["ade20k", "params"]
+    assert cell.value == 23.15 and [item.reason for item in cell.refused] == ["arch is swin-l"]
+
+
+NO_AGGREGATION = {"layers": 0, "visual": "none", "filter_k": 0}
+FUSION = {"name": "lsmseg", "templates": "cat-seg"}
+LSMSEG = {("5.1", "LSMSeg"), ("5.5", "32"), ("5.6", "LSMSeg(w/ SAM-L)"), ("5.10", "CLIP _qv"), ("5.11", "LSMSeg")}
+
+
+def _said(templates):
+    return {"name": "lsmseg", "templates": templates}
+
+
+@pytest.mark.parametrize(
+    ("options", "protocol", "expected"),
+    [
+        ({}, "paper", LSMSEG),
+        ({"filter_k": 16, "pad_len": 16}, "paper", {("5.5", "16")}),
+        ({"filter_k": 96, "pad_len": 96}, "paper", {("5.5", "96")}),
+        ({"filter_k": 16}, "paper", set()),
+        ({"filter_k": 20, "pad_len": 20}, "paper", set()),
+        ({"visual": "none"}, "paper", {("5.6", "LSMSeg(w/o SAM)")}),
+        ({"visual": "dinov2-b"}, "paper", {("5.6", "LSMSeg(w/ Dinov2-B)")}),
+        ({"visual": "sam-b"}, "paper", {("5.6", "LSMSeg(w/ SAM-B)")}),
+        ({"fusion": "concat"}, "paper", set()),
+        ({"fusion": "concat", "filter_k": 0, "pad_len": 256}, FUSION, {("5.7", "Concat")}),
+        ({"fusion": "attention", "filter_k": 0, "pad_len": 256}, FUSION, {("5.7", "Attn")}),
+        ({"filter_k": 0, "pad_len": 256}, FUSION, {("5.7", "Weighted")}),
+        ({}, _said("lsmseg:colour"), set()),
+        (NO_AGGREGATION, _said("cat-seg"), {("5.3", "Baseline")}),
+        (NO_AGGREGATION, _said("lsmseg:colour"), {("5.3", "Color")}),
+        (NO_AGGREGATION, _said("lsmseg:state"), {("5.3", "Action or Satae")}),
+        (NO_AGGREGATION, _said("lsmseg:size"), {("5.3", "Size"), ("5.4", "Size")}),
+        (NO_AGGREGATION, _said("lsmseg:size+shape"), {("5.4", "Size + Shape")}),
+        (NO_AGGREGATION, _said("lsmseg:shape+size"), set()),
+        (NO_AGGREGATION, _said("mine.json"), set()),
+    ],
+)
+def test_options_and_prompts_choose_the_row_of_lsmseg(trained, options, protocol, expected):
+    noted = {"trained_on": "coco_stuff"}
+    record = trained("lsmseg", options=options, protocol=protocol, noted=noted)
+    assert _rows_of(record) == expected
+    demo = trained("lsmseg", options=options, protocol=protocol, noted=noted, spec={"demo": True})
+    assert _rows_of(demo) == set()
+
+
+def test_cat_seg_stands_beside_its_rows(trained):
+    b16 = {(number, row, "ViT-B/16", "COCO-Stuff") for number, row in (
+        ("5.1", "CAT-Seg"), ("5.6", "CATSeg"), ("5.7", "Baseline"), ("5.11", "CAT-Seg"),
+    )}  # fmt: skip
+    assert _places(trained("cat-seg")) == b16
+    assert _places(trained("cat-seg", arch="openai-format-ViT-12x768-16")) == b16
+    l14 = {("5.1", "CAT-Seg", "ViT-L/14", "COCO-Stuff")}
+    assert _places(trained("cat-seg", arch="ViT-L-14-336")) == l14
+    assert _places(trained("cat-seg", arch="openai-format-ViT-24x1024-14")) == l14
+    assert _places(trained("cat-seg", arch="ViT-L-14")) == _places(trained("cat-seg", arch="ViT-B-32")) == set()
+
+
+def test_training_data_choose_the_row(trained):
+    for where, printed in (("context59", "PC-59"), ("ade20k", "A-150")):
+        record = trained("lsmseg", noted={"trained_on": where})
+        assert _places(record) == {("5.11", "LSMSeg", "ViT-B/16", printed)}
+    unsaid = trained("lsmseg")  # a foreign checkpoint: COCO-Stuff, as all public ones, and said
+    assert _rows_of(unsaid) == LSMSEG
+    (section,) = arrange("thesis-lsmseg", "5.11", [of_record(unsaid)]).sections
+    assert any("trained_on is not recorded; the paper's is coco_stuff" in note for note in section.notes)
+
+
+@pytest.mark.parametrize(
+    ("policy", "row"), [("frozen-clip", "Freeze"), ("attention-qk", "CLIP _qk"), ("attention-kv", "CLIP _kv")]
+)
+def test_what_was_trained_chooses_the_row(trained, policy, row):
+    noted = {"trained_on": "coco_stuff", "training_overrides": [f"policy={policy}"]}
+    assert _rows_of(trained("lsmseg", noted=noted)) == {("5.10", row)}
 
 
 # --- writers ------------------------------------------------------------------------------------------------------------

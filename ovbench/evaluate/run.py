@@ -185,7 +185,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     from ovbench.model import require_device
     from ovbench.registry import method_class, method_info
     from ovbench.text import prompts
-    from ovbench.trained_weights import options_again, read_about, require_method
+    from ovbench.trained_weights import options_again, read_about, require_method, told
 
     require_device(spec.device)
     cls = method_class(spec.method)
@@ -212,7 +212,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         "demo": about is not None and about.demo,
         "protocol": protocol,
         "method": info.name,
-        "method_options": {**method.options(), **info.recorded()},
+        "method_options": {**method.options(), **info.recorded(), **told(about)},
         "arch": clip.arch,
         "activation": clip.activation,
         "weights_sha256": clip.weights_sha256,
@@ -223,6 +223,7 @@ def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     """As :func:`_open_vocab_model`, of a network whose classes are those it was trained on."""
     from ovbench.closed_set_weights import build_closed_set_model
     from ovbench.registry import method_info
+    from ovbench.trained_weights import told
 
     model, loaded = build_closed_set_model(
         spec.method,
@@ -242,7 +243,7 @@ def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     info = method_info(spec.method)
     return model, {
         "method": info.name,
-        "method_options": {**loaded.method.options(), **info.recorded()},
+        "method_options": {**loaded.method.options(), **info.recorded(), **told(about)},
         "arch": loaded.arch,
         "weights_sha256": loaded.weights_sha256,
         "demo": about is not None and about.demo,

@@ -15,6 +15,9 @@ from ovbench.results.published import Wanted, plain_arch
 
 _OF_INPUT = ("features", "input", "protocol.mode")  # parameters do not depend on these
 _FILE = re.compile(r"\.(pt|pth|bin|safetensors)$")
+# Beside a record's options where a training of ours made the weights: its benchmark, and what it changed in the method's
+# recipe, ["policy=frozen-clip"].
+TRAINED_ON, TRAINING_OVERRIDES = "trained_on", "training_overrides"
 # How good predictions are depends on these; what one forward costs does not.
 _ACCURACY_ONLY = ("random-weights", "partial")
 
@@ -55,8 +58,9 @@ def judge(measured: Measured, want: Wanted, unit: str, protocol: str | None) -> 
     if measured.status != "ok":
         reasons.append(f"the run {'was ' if measured.status == 'interrupted' else ''}{measured.status}")
     _judge_trust(measured, want, reasons, remarks)
-    head = measured.fields.get("part") is not None  # the backbone is not in it
-    if want.arch and not head and plain_arch(measured.arch or "") != want.arch:
+    # A decode head has no backbone in it, but widths that depend on one: the method's own where none is named.
+    head = measured.fields.get("part") is not None
+    if want.arch and not (head and measured.arch is None) and plain_arch(measured.arch or "") not in want.arch:
         reasons.append(f"arch is {measured.arch}")
     elif not want.arch and measured.arch:
         remarks.append(f"arch is {measured.arch}; the paper does not say which")
@@ -101,7 +105,8 @@ def _judge_protocol(measured: Measured, want: Wanted, protocol: str | None, reas
     extra = [
         f"{key}={measured.fields[f'protocol.{key}']}" for key in overrides if f"protocol.{key}" not in want.require
     ]
-    if protocol is not None and name != protocol:
+    own = want.protocol and protocol == protocol_for(want.method, None)
+    if protocol is not None and name != protocol and not (own and name == want.protocol):
         reasons.append(f"protocol is {name}, not {protocol}")
     if extra:
         reasons.append(f"protocol has overrides: {', '.join(extra)}")
@@ -114,7 +119,13 @@ def _judge_fields(measured: Measured, want: Wanted, reasons: list[str], remarks:
         if want.metric == "params" and key in _OF_INPUT:
             continue
         if measured.fields.get(key) != value:
-            reasons.append(f"{key} is {_brief(measured.fields.get(key))}, not {value}")
+            reasons.append(f"{key} is {_brief(measured.fields.get(key))}, not {_brief(value)}")
+    for key, value in want.assume.items():
+        known = measured.fields.get(key)
+        if known is None:
+            remarks.append(f"{key} is not recorded; the paper's is {_brief(value)}")
+        elif known != value:
+            reasons.append(f"{key} is {_brief(known)}, not {_brief(value)}")
     for key, value in want.prefer.items():
         if want.metric != "params" and measured.fields.get(key) != value:
             remarks.append(f"{key} is {_brief(measured.fields.get(key))}; the paper's is {value}")
@@ -122,6 +133,9 @@ def _judge_fields(measured: Measured, want: Wanted, reasons: list[str], remarks:
 
 def _judge_options(measured: Measured, want: Wanted, reasons: list[str], remarks: list[str]) -> None:
     """A row without a variant is the method as it is; options that a rule asks for may differ."""
+    overrides = measured.options.get(TRAINING_OVERRIDES)
+    if want.accuracy and overrides and f"method_options.{TRAINING_OVERRIDES}" not in want.require:
+        reasons.append(f"training has overrides: {', '.join(overrides)}")
     changed = changed_options(measured.method, _as_json(measured.options))
     if changed is None:
         if measured.options:

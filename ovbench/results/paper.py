@@ -52,7 +52,7 @@ def arrange(paper: str, table: str, measured: Iterable[Measured], protocol: str 
         pool.setdefault(item.method, []).append(item)
     rows = _rows(entries)
     columns = _columns(rows)
-    built = set(method_names())
+    built = set(method_names(None))
     shown_rows, found_rows = [], []
     for key, printed in rows.items():
         found = [_cell(printed.get(column), pool, protocol) for column in columns]

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +53,28 @@ class Wanted:
 
     Attributes:
         method: Our method id; empty where the row is someone else's.
-        arch: Backbone as :func:`plain_arch` writes it; empty where the paper does not say.
+        arch: Backbones that are the printed one, as :func:`plain_arch` writes them; empty where the paper does not say.
         dataset: Benchmark id.
         metric: Name of the metric in ``published.csv``.
         weights: open_clip tag of the paper; empty where it does not matter.
         require: Fields of a spec (``protocol.mode``, ``method_options.base``) and the values they must have.
         prefer: The same, but only said where it differs: what the paper used and our machine may not have.
+        assume: The same, for what not every run can know of itself, such as the training data of a public checkpoint: a
+            run that says otherwise does not fit, and of one that says nothing that is remarked.
+        protocol: Preset that does besides the method's own; empty for none.
         machine: What the paper measured on, words of a GPU's name; empty for none.
         unknown: Why no run can be known to fit (an ablation that no rule describes); empty where one can.
     """
 
     method: str
-    arch: str
+    arch: tuple[str, ...]
     dataset: str
     metric: str
     weights: str = ""
     require: dict[str, Any] = field(default_factory=dict)
     prefer: dict[str, Any] = field(default_factory=dict)
+    assume: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
     machine: str = ""
     unknown: str = ""
 
@@ -139,15 +144,24 @@ def table_numbers(paper: str, table: str) -> list[Printed]:
     return [entry for entry in numbers() if entry.source == paper and entry.table == table]
 
 
+@cache
 def wanted(entry: Printed) -> Wanted:
     """What a run must be to stand beside a printed number: its columns and all rules that match them."""
     matching = [rule for rule in _rules()["rules"] if _matches(rule["where"], entry)]
-    merged: dict[str, Any] = {"method": entry.method, "require": {}, "prefer": {}, "machine": ""}
+    merged: dict[str, Any] = {
+        "method": entry.method,
+        "arch": [entry.backbone] if entry.backbone else [],
+        "require": {},
+        "prefer": {},
+        "assume": {},
+        "protocol": "",
+        "machine": "",
+    }
     for rule in matching:
         for key, value in rule.items():
-            if key in ("require", "prefer"):
+            if key in ("require", "prefer", "assume"):
                 merged[key] |= value
-            elif key in ("method", "machine"):
+            elif key != "where":
                 merged[key] = value
     told = {name for rule in matching for name in rule["where"]}
     unknown = ""
@@ -157,12 +171,14 @@ def wanted(entry: Printed) -> Wanted:
         unknown = f"no rule says what '{entry.setting}' is in a run"
     return Wanted(
         method=merged["method"],
-        arch=plain_arch(entry.backbone),
+        arch=tuple(plain_arch(name) for name in merged["arch"]),
         dataset=entry.dataset,
         metric=entry.metric,
         weights=_rules()["papers"][entry.source].get("weights", ""),
         require=merged["require"],
         prefer=merged["prefer"],
+        assume=merged["assume"],
+        protocol=merged["protocol"],
         machine=merged["machine"],
         unknown=unknown,
     )
@@ -211,6 +227,6 @@ def accuracy_of(method: str, arch: str, dataset: str) -> list[Printed]:
     for entry in numbers():
         if (entry.dataset, entry.metric, entry.variant, entry.method) == (dataset, "mIoU", "", method):
             want = wanted(entry)
-            if want.arch == plain_arch(arch) and not want.unknown:
+            if plain_arch(arch) in (want.arch or ("",)) and not want.unknown:
                 found.setdefault(entry.value, entry)
     return list(found.values())

@@ -348,6 +348,7 @@ def _about(spec: TrainSpec, state: TrainRecord) -> trained_weights.About:
         spec_hash=state.spec_hash,
         iterations=spec.stop,
         planned=spec.planned,
+        overrides=[f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides],
         demo=spec.demo,
     )
 
