@@ -253,7 +253,7 @@ def test_views_are_averaged_as_published(clip_state: dict[str, Tensor], pad_len:
         close(views.at(size), expected)
         assert label.shape == size and label.dtype == torch.int64
         best = expected.topk(2, dim=0).values
-        decided = best[0] - best[1] > 1e-4  # rounding decides ties, and differs between releases of torch
+        decided = best[0] - best[1] > 1e-6  # rounding decides ties, and differs between releases of torch
         assert torch.equal(label[decided], expected.argmax(dim=0)[decided]) and decided.double().mean() > 0.9
         assert torch.equal(label, views.at(size).argmax(dim=0))
     close(model.seg_logits(images[0][None])[0], found[0].at((90, 120)))
