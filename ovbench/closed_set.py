@@ -116,6 +116,7 @@ class ClosedSetNetwork(nn.Module):
     def __init__(self, segmentor: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.segmentor = segmentor
+        self.frozen_encoder = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -142,6 +143,13 @@ class ClosedSetNetwork(nn.Module):
         found: dict[str, Tensor] = self.segmentor.loss(self.normalise(images), samples)
         return found
 
+    def train(self, mode: bool = True) -> ClosedSetNetwork:
+        """Training mode, in which a frozen encoder's batch statistics stay as they are, or evaluation."""
+        super().train(mode)
+        if self.frozen_encoder:
+            self.segmentor.backbone.eval()
+        return self
+
     def parameter_groups(self, policy: str) -> list[ParameterGroup]:
         """What is trained, under the policies ``all`` and ``frozen-encoder``.
 
@@ -158,7 +166,8 @@ class ClosedSetNetwork(nn.Module):
         parts["decode_head"] = self.segmentor.decode_head
         if self.segmentor.with_auxiliary_head:
             parts["auxiliary_head"] = self.segmentor.auxiliary_head
-        if policy == "frozen-encoder":
+        self.frozen_encoder = policy == "frozen-encoder"
+        if self.frozen_encoder:
             del parts["encoder"]
         return [ParameterGroup(name, tuple(part.parameters())) for name, part in parts.items()]
 

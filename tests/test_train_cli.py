@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ovbench.benchmarks.synth import synth
 from ovbench.cli.app import run_command
+from ovbench.errors import RunError
 from ovbench.train import record as records
 
 SMALL = (
@@ -29,11 +30,11 @@ def data(tmp_path_factory):
     return synth("ade20k", root, images=3, train_images=6, size=(48, 64), classes=8)
 
 
-def started(data, cwd, *arguments, method="fcn"):
+def started(data, cwd, *arguments, method="fcn", **process):
     command = [sys.executable, "-m", "ovbench", "train", "-m", method, "-d", "ade20k", "--data-root", str(data)]
     return subprocess.Popen(
         [*command, *SMALL, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **process,
     )  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def test_two_processes_train_together(data, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ovbench",
         "train", "-m", "ecac-fcn", "-d", "ade20k", "--data-root", str(data), *SMALL, "-o", "hidden=16",
-        "--set", "iters=3", "--launcher", "pytorch", "--no-eval",
+        "--set", "iters=3", "--launcher", "pytorch",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300, check=False)
@@ -179,6 +180,31 @@ def test_two_processes_train_together(data, tmp_path):
     assert (record.spec.processes, record.status, record.iterations) == (2, "ok", 3)
     state = load_file(folder / records.WEIGHTS)
     assert all(value.isfinite().all() for value in state.values())
+    assert len(list((tmp_path / "results" / "runs" / "ecac-fcn" / "ade20k").glob("*.json"))) == 1  # one evaluation
+
+
+def test_a_scheduler_signals_readers_as_well_and_a_checkpoint_is_kept(data, tmp_path):
+    arguments = ("--set", "iters=200", "--checkpoint-every", "100", "--no-eval", "--workers", "1")
+    process = started(data, tmp_path, *arguments, start_new_session=True)
+    logs = tmp_path / "results" / "trainings" / "fcn" / "ade20k"
+    while process.poll() is None and not any(path.stat().st_size for path in logs.glob("*/losses.jsonl")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, err = finished(process)
+    assert code == 130, err
+    assert list(only_folder(tmp_path).glob("checkpoints/iteration-*.pt"))
+    assert records.read(only_folder(tmp_path) / records.RECORD).status == "interrupted"
+
+
+def test_a_folder_is_one_process_alone(tmp_path):
+    with (
+        records.held(tmp_path / "one"),
+        pytest.raises(RunError, match="Another process trains"),
+        records.held(tmp_path / "one"),
+    ):
+        pass
+    with records.held(tmp_path / "one"):
+        pass  # let go of
 
 
 def test_mmseg_evaluates_the_dumped_config_to_the_same_score(whole, data, here, capsys):

@@ -1,4 +1,4 @@
-"""``ovbench data``: generated copies of the benchmarks, checks and class frequencies of what lies on disk."""
+"""``ovbench data``: benchmarks from downloads or generated, checks and class frequencies of what lies on disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from ovbench.errors import DataError, UsageError, unknown_name
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
     from ovbench.benchmarks.frequencies import Frequencies
+    from ovbench.benchmarks.prepare import Prepared
     from ovbench.benchmarks.report import CheckReport
 
 app = typer.Typer(
-    name="data", help="Make small generated data, check your own, or count its classes.", no_args_is_help=True
+    name="data",
+    help="Prepare downloads, make small generated data, check your own, or count its classes.",
+    no_args_is_help=True,
 )
 
 TRAIN_IMAGES = 64
@@ -182,6 +185,71 @@ def _print_report(report: CheckReport) -> None:
     made = " (generated)" if report.synthetic else ""
     which = report.benchmark if report.split == "val" else f"{report.benchmark} {report.split}"
     print_text(f"{which}: {state}: {report.root}{made}: {found}{ignored}")
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets').")],
+    source: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="DIR|ARCHIVE", help="What you downloaded: folder, zip, tar, json; may be given several times."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Data root to write; by default the folder given as --source, in place.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="val, train, or all of which there are images.")] = "all",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome and the check as JSON.")] = False,
+) -> None:
+    """Turn what you downloaded into the files that a benchmark reads, then check them.
+
+    Archives are read, not unpacked. What is done stays done: after an interruption give the same command again.
+    Nothing is written outside the data root, and no file that something else made is replaced.
+
+    \b
+    Examples:
+    ovbench data prepare cityscapes --source ~/data/cityscapes
+    ovbench data prepare coco_stuff --source val2017.zip --source stuffthingmaps_trainval2017.zip --out ~/data/coco
+    ovbench data prepare context60 --source VOCtrainval_03-May-2010.tar --source trainval_merged.json --out ~/data/VOC2010
+    ovbench data prepare voc21 --source ~/data/VOCdevkit/VOC2012 --dry-run
+    """
+    from ovbench.benchmarks.check import check as examine
+    from ovbench.benchmarks.prepare import prepare as make
+
+    with _bar(f"prepare {name}") as progress:
+        made = make(name, source, out, split=split, workers=workers, dry_run=dry_run, progress=progress)
+    if not as_json:
+        _print_prepared(made)
+    reports = []
+    for one in () if dry_run else made.splits:
+        with _bar(f"check {name} {one.split}") as progress:
+            reports.append(examine(name, made.root, split=one.split, workers=workers, progress=progress))
+        if not as_json:
+            _print_report(reports[-1])
+    if as_json:
+        print_json({**made.to_json(), "check": [report.to_json() for report in reports]})
+    if not all(report.ok for report in reports):
+        raise typer.Exit(DataError.exit_code)
+
+
+def _print_prepared(made: Prepared) -> None:
+    """A line for each split, one for the files."""
+    for split in made.splits:
+        short = "" if split.images == split.expected else f" (the official split has {split.expected})"
+        print_text(f"{made.benchmark} {split.split}: {split.images} images, {split.labels} with labels{short}")
+        if split.without_label:
+            print_text(f"  without a label: {split.images - split.labels}, e.g. {', '.join(split.without_label)}")
+        if split.unused:
+            print_text(f"  labels without an image, left out: {split.unused}")
+    for missing in made.missing:
+        print_text(f"{made.benchmark} {missing}: no images in the sources, left out")
+    counts = f"{made.converted} converted, {made.copied} copied, {made.done} there already"
+    if made.converted + made.copied + made.done == 0:
+        counts = "nothing to convert: the files are as the benchmark reads them"
+    print_text(f"{'would be: ' if made.dry_run else ''}{counts}; data root {made.root}")
 
 
 @app.command()

@@ -81,7 +81,7 @@ def train(
             print_json(planned.spec.model_dump(mode="json")) if json else show_plan(planned)
             return
         record, folder = training.train(planned, where)
-    if not _first(launcher):
+    if not training.part(launcher):
         return
     if json:
         print_json(record.model_dump(mode="json"))
@@ -98,7 +98,7 @@ def train(
                     "method": method,
                     "dataset": spec.dataset,
                     "weights": str(folder / "model.safetensors"),
-                    "protocol": protocol("paper", spec.dataset, method=method, **_sides(spec.recipe)),
+                    "protocol": protocol("paper", spec.dataset, method=method, **_sides(method, spec.recipe)),
                     "device": spec.device,
                 },
                 data_root=planned.root,
@@ -112,18 +112,13 @@ def train(
             show_run(found, runs)
 
 
-def _sides(recipe: Any) -> dict[str, int]:
-    """The size that images had in training, for the evaluation."""
-    return {"long_side": recipe.resize[0], "short_side": recipe.resize[1]}
+def _sides(method: str, recipe: Any) -> dict[str, int]:
+    """The size that images had in training, for the evaluation of a closed-set method; others have a protocol of their own."""
+    from ovbench.train.subject import is_closed_set
 
-
-def _first(launcher: str) -> bool:
-    """Whether this is the process that speaks and evaluates."""
-    if launcher == "none":
-        return True
-    from mmengine.dist import is_main_process
-
-    return bool(is_main_process())
+    if not is_closed_set(method):
+        return {}
+    return {"long_side": max(recipe.resize), "short_side": min(recipe.resize)}
 
 
 def _own_device(launcher: str) -> str:

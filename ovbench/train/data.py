@@ -7,6 +7,7 @@ train, nor on where a training was interrupted. So resuming starts at a position
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,12 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int) ->
         return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed)
 
 
+def _leave_signals(worker: int) -> None:
+    """A scheduler signals all processes; the one that trains decides, and still needs its readers for the batch in flight."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Tensor]]:
     """Batches of one process, from the position on that ``positions`` starts with."""
     return DataLoader(
@@ -152,4 +159,5 @@ def loader(images: TrainingSet, positions: Positions, workers: int, device: str)
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
         drop_last=True,
+        worker_init_fn=_leave_signals,
     )

@@ -116,6 +116,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"The recipe '{path}' is neither JSON nor YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"The recipe '{path}' must hold fields and values, e.g. 'lr: 0.01'.")
+    if content.get("amp") is False:  # YAML reads "off" so
+        content["amp"] = "off"
     return content
 
 

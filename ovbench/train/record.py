@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from ovbench.errors import DataError, RunError
+from ovbench.errors import DataError, OvbenchWarning, RunError
 from ovbench.hashing import sha256_of
 from ovbench.results.record import Environment, json_text
 from ovbench.train.recipe import Recipe
@@ -134,10 +137,32 @@ def unfinished(root: Path, spec_hash: str) -> Path | None:
     """The newest folder below ``root`` with a training of that spec which did not end well; None where there is none."""
     found = []
     for path in root.glob(f"*/{RECORD}"):
-        record = read(path)
+        try:
+            record = read(path)
+        except DataError as error:
+            warnings.warn(f"{error} It is passed over.", OvbenchWarning, stacklevel=2)
+            continue
         if record.spec_hash == spec_hash and record.status != "ok":
             found.append((record.started, path.parent))
     return max(found)[1] if found else None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder is this process' alone; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RunError: Another process trains in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"Another process trains in '{folder}': wait for its end, or start without --resume."
+            ) from None
+        yield
 
 
 class LossLog:

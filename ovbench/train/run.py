@@ -6,7 +6,7 @@ import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -136,6 +136,8 @@ def plan(
         weights = "random" if closed else "builtin" if demo else "openai"
     if demo:
         arch = arch or ("tiny" if closed else None)
+        if "epochs" in given:
+            given = {"iters": "none", **given}
         given = {**DEMO_RECIPE, **(DEMO_CLOSED_SET if closed else DEMO_OPEN_VOCABULARY), **given}
         method_options = {**subjects.trial_options(method), **(method_options or {})}
     recipe, moved = recipe_of(declared, benchmark.name, recipe_file, given)
@@ -202,16 +204,8 @@ def train(planned: Plan, options: TrainOptions | None = None) -> tuple[TrainReco
         RunError: NaN, no memory, no disk; the last checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written after the iteration in flight.
     """
-    from ovbench.evaluate.session import quiet_work_folder
-    from ovbench.profile.environment import environment, git_state, package_versions
-    from ovbench.profile.timing import peak_memory, reset_peak_memory
-    from ovbench.train import checkpoint
-    from ovbench.train.curves import plot_losses
-    from ovbench.train.data import training_set
-    from ovbench.train.runner import Journal, build_runner
-
     where = options or TrainOptions()
-    spec, network = planned.spec, planned.subject.network
+    spec = planned.spec
     rank, world = _world(where.launcher)
     lead = rank == 0
     spec_hash = spec.spec_hash()
@@ -224,6 +218,24 @@ def train(planned: Plan, options: TrainOptions | None = None) -> tuple[TrainReco
     if folder is None:
         folder = home / records.new_id(spec_hash, started)
     folder = Path(_agreed(str(folder), where.launcher))
+    with records.held(folder) if lead else nullcontext():
+        return _train(planned, where, folder, started, rank, world)
+
+
+def _train(
+    planned: Plan, where: TrainOptions, folder: Path, started: datetime, rank: int, world: int
+) -> tuple[TrainRecord, Path]:
+    """:func:`train` in its folder."""
+    from ovbench.evaluate.session import quiet_work_folder
+    from ovbench.profile.environment import environment, git_state, package_versions
+    from ovbench.profile.timing import peak_memory, reset_peak_memory
+    from ovbench.train import checkpoint
+    from ovbench.train.curves import plot_losses
+    from ovbench.train.data import training_set
+    from ovbench.train.runner import Journal, build_runner
+
+    spec, network, lead = planned.spec, planned.subject.network, rank == 0
+    spec_hash = spec.spec_hash()
     earlier = records.read(folder / records.RECORD) if (folder / records.RECORD).exists() else None
     found = checkpoint.checkpoints(folder / records.CHECKPOINTS)
     done = found[-1][0] if found else 0
@@ -326,13 +338,28 @@ def train(planned: Plan, options: TrainOptions | None = None) -> tuple[TrainReco
     if lead:
         records.write(state, folder)
         title = f"{spec.method} on {spec.dataset}, {spec.arch}" + (" - generated scenes" if spec.demo else "")
-        plot_losses({"": folder / records.LOSSES}, folder / records.CURVES, title)
+        try:
+            plot_losses({"": folder / records.LOSSES}, folder / records.CURVES, title)
+        except OSError as error:  # a picture must not hide how the training ended
+            where.on_message(f"No picture of the losses: {error}.")
     if status == "interrupted":
         raise Interrupted(f"Interrupted after {journal.iteration} iterations; continue with --resume. Folder: {folder}")
     if failure is not None:
         failure.args = (f"{failure} Folder of the failed training: {folder}",)
         raise failure
     return state, folder
+
+
+def part(launcher: str) -> bool:
+    """Ends the processes' being together after a training; True in the one that goes on alone."""
+    if launcher == "none":
+        return True
+    import torch
+
+    first = torch.distributed.get_rank() == 0
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return first
 
 
 def _about(spec: TrainSpec, state: TrainRecord) -> trained_weights.About:
