@@ -126,7 +126,10 @@ def _own_device(launcher: str) -> str:
     import os
 
     device = default_device()
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launcher != "none" else device
+    if device != "cuda" or launcher == "none":
+        return device
+    # slurm's own name: mmengine sets LOCAL_RANK only when it joins the processes
+    return f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0'))}"
 
 
 @contextmanager
