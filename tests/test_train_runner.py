@@ -94,8 +94,9 @@ def same(one, other):
         {"optimizer": "adamw", "schedule": "cosine", "warmup_iters": 5, "grad_clip": 0.5},
         {"ema": 0.1},
         {"amp": "bfloat16"},
+        {"schedule": "constant"},
     ],
-    ids=["sgd-poly", "adamw-cosine", "ema", "bf16"],
+    ids=["sgd-poly", "adamw-cosine", "ema", "bf16", "constant"],
 )
 def test_resumed_training_ends_in_the_same_weights(tmp_path, fields):
     wanted = recipe(**fields)
@@ -150,6 +151,23 @@ def test_nan_ends_with_the_last_checkpoint_kept(tmp_path):
     with pytest.raises(RunError, match=r"NaN or infinity in loss.* after 8 iterations.*grad_clip"):
         trained(tmp_path, "nan", network=Small(explode_at=8))
     assert [done for done, _ in checkpoint.checkpoints(tmp_path / "nan")] == [6]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The losses of an iteration are those of the weights before it."""
+
+    class Spoilt(Small):
+        def losses(self, images, labels):
+            found = super().losses(images, labels)
+            if self.calls == 6:  # a finite loss whose gradient is not
+                found["loss_ce"] = found["loss_ce"] + 0 * torch.sqrt(self.head.bias.sum() * 0)
+            return found
+
+    with pytest.raises(
+        RunError, match=r"NaN or infinity in the weights 'head.bias' after 6 iterations.*checkpoint is kept"
+    ):
+        trained(tmp_path, "spoilt", network=Spoilt(), every=3)
+    assert [done for done, _ in checkpoint.checkpoints(tmp_path / "spoilt")] == [3]
 
 
 def test_float16_on_a_cpu_is_refused(tmp_path):

@@ -277,7 +277,7 @@ def _train(
                 board.add_scalar(name, value, iteration)
         where.on_iteration(iteration, spec.stop, lr, losses)
 
-    journal = Journal(folder / records.CHECKPOINTS, where.checkpoint_every, on_losses, {"spec_hash": spec_hash}, done)
+    journal = Journal(folder / records.CHECKPOINTS, where.checkpoint_every, on_losses, done)
     reset_peak_memory(next(network.parameters()).device)
     status, reason, failure = "ok", None, None
     runner: Any = None

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,6 +32,8 @@ from ovbench.train import checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
 from ovbench.train.recipe import Recipe  # noqa: E402
 
+LESS = "Try a smaller learning rate (--set lr=...), --set grad_clip=1 or --set amp=off."
+
 
 @dataclass
 class Journal:
@@ -41,7 +43,6 @@ class Journal:
         folder: Where checkpoints go.
         every: Iterations between checkpoints.
         on_losses: Called with (iterations done, learning rate, losses by name) after every iteration.
-        saved: What else belongs into a checkpoint.
         iteration: Iterations done.
         stop_asked: Save after the iteration in flight and end.
     """
@@ -49,7 +50,6 @@ class Journal:
     folder: Path
     every: int
     on_losses: Callable[[int, float, dict[str, float]], None] = lambda iteration, lr, losses: None
-    saved: dict[str, Any] = field(default_factory=dict)
     iteration: int = 0
     stop_asked: bool = False
 
@@ -164,10 +164,7 @@ class JournalHook(Hook):  # type: ignore[misc]
         losses = {name: float(value.detach()) for name, value in outputs.items()}
         if not all(math.isfinite(value) for name, value in losses.items() if "loss" in name):
             bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-            raise RunError(
-                f"NaN or infinity in {bad} after {done} iterations. Try a smaller learning rate (--set lr=...), "
-                "--set grad_clip=1 or --set amp=off; the last checkpoint is kept."
-            )
+            raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} The last checkpoint is kept.")
         self.journal.iteration = done
         if self.rank == 0:
             self.journal.on_losses(done, self.lr, losses)
@@ -251,7 +248,17 @@ class TrainRunner(Runner):  # type: ignore[misc]
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     def save(self, journal: Journal) -> Path:
-        """Writes a checkpoint of the state after ``journal.iteration`` iterations."""
+        """Writes a checkpoint of the state after ``journal.iteration`` iterations.
+
+        Raises:
+            RunError: Weights that are not finite, which the losses tell only an iteration later; or it cannot be written.
+        """
+        for name, parameter in self.plain_model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise RunError(
+                    f"NaN or infinity in the weights '{name}' after {journal.iteration} iterations. {LESS} The last "
+                    "checkpoint is kept."
+                )
         hook = self.ema()
         return checkpoint.write(
             journal.folder,
@@ -259,9 +266,8 @@ class TrainRunner(Runner):  # type: ignore[misc]
             {
                 "state_dict": self.state(),
                 "optimizer": self.optim_wrapper.state_dict(),
-                "schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
+                "schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers or ()],
                 "ema": None if hook is None else hook.ema_model.state_dict(),
-                **journal.saved,
             },
         )
 
@@ -276,7 +282,7 @@ class TrainRunner(Runner):  # type: ignore[misc]
             )
         self.plain_model.load_state_dict(content["state_dict"], strict=False)
         self.optim_wrapper.load_state_dict(content["optimizer"])
-        for scheduler, state in zip(self.param_schedulers, content["schedulers"], strict=True):
+        for scheduler, state in zip(self.param_schedulers or (), content["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         hook = self.ema()
         if hook is not None:
