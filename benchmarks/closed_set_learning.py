@@ -27,7 +27,8 @@ from ovbench.results import store
 from ovbench.spec import protocol
 from ovbench.train import record as records
 from ovbench.train.curves import plot_losses
-from ovbench.train.run import TrainOptions, plan, train
+from ovbench.train.plan import TrainOptions, plan
+from ovbench.train.run import train
 
 DATASET = "ade20k"
 DATA = {"images": 96, "train_images": 320, "seed": 11, "long_tail": 1.2, "classes": 24, "size": (96, 128)}
@@ -55,17 +56,9 @@ def run_one(name: str, seed: int, iters: int, root: Path, out: Path) -> tuple[An
         method, DATASET, arch="tiny", method_options=options, changes={**RECIPE, "iters": str(iters)},
         seed=seed, options=where,
     )  # fmt: skip
-    wanted = planned.spec.spec_hash()
-    for path in sorted((out / "trainings").glob(f"{method}/{DATASET}/*/{records.RECORD}")):
-        done = records.read(path)
-        if done.spec_hash == wanted and done.status == "ok":
-            folder = path.parent
-            break
-    else:
-        _, folder = train(planned, where)
-    digest = records.read(folder / records.RECORD).weights_sha256
+    training, folder = train(planned, where)  # or the one that has ended already
     for record in store.load_all(out / "runs"):
-        if record.spec.weights_sha256 == digest and record.status == "ok":
+        if record.spec.weights_sha256 == training.weights_sha256 and record.status == "ok":
             return record, folder
     spec = {
         "method": method, "dataset": DATASET, "weights": str(folder / records.WEIGHTS),

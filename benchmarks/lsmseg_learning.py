@@ -26,7 +26,8 @@ from ovbench.results import store
 from ovbench.spec import protocol
 from ovbench.train import record as records
 from ovbench.train.curves import plot_losses
-from ovbench.train.run import TrainOptions, plan, train
+from ovbench.train.plan import TrainOptions, plan
+from ovbench.train.run import train
 
 TRAINED, OTHER = "coco_stuff", "ade20k"
 SMALL = {"hidden": "32", "layers": "1", "grid": "6", "window": "3"}
@@ -52,19 +53,11 @@ def run_one(row: str, seed: int, iters: int, roots: dict[str, Path], out: Path) 
         method, TRAINED, weights="builtin", method_options={**SMALL, **options}, sentences=prompts,
         changes={**RECIPE, "iters": str(iters)}, seed=seed, options=where,
     )  # fmt: skip
-    wanted = planned.spec.spec_hash()
-    for path in sorted((out / "trainings").glob(f"{method}/{TRAINED}/*/{records.RECORD}")):
-        done = records.read(path)
-        if done.spec_hash == wanted and done.status == "ok":
-            folder = path.parent
-            break
-    else:
-        _, folder = train(planned, where)
-    digest = records.read(folder / records.RECORD).weights_sha256
+    training, folder = train(planned, where)  # or the one that has ended already
     found = {
         record.spec.dataset: record
         for record in store.load_all(out / "runs")
-        if record.spec.weights_sha256 == digest and record.status == "ok"
+        if record.spec.weights_sha256 == training.weights_sha256 and record.status == "ok"
     }
     for name in (TRAINED, OTHER):
         if name not in found:

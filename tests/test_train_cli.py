@@ -286,3 +286,21 @@ def test_prompts_are_part_of_the_spec(stuff, here, capsys):
     assert len(hashes) == 3
     fixed = ["train", "-m", "fcn", "-d", "ade20k", "--demo", "--dry-run", "--device", "cpu", "--prompts", "lsmseg"]
     assert run_command(fixed) == 2 and "fixed list of classes" in capsys.readouterr().err
+
+
+def test_a_training_that_has_ended_is_not_done_again(whole, data, here, capsys):
+    folder = only_folder(whole[0])
+    command = ["train", "-m", "fcn", "-d", "ade20k", "--data-root", str(data), *SMALL, "--set", "iters=14", "--no-eval"]
+    before = (folder / records.WEIGHTS).stat().st_mtime_ns
+    assert run_command([*command, "--resume", "--results", str(whole[0] / "results" / "trainings")]) == 0
+    assert "Trained already" in capsys.readouterr().err
+    assert (folder / records.WEIGHTS).stat().st_mtime_ns == before and only_folder(whole[0]) == folder
+
+
+def test_a_demo_takes_what_the_user_says(here, capsys):
+    (here / "mine.yaml").write_text("lr: 0.5\namp: off\n")
+    command = ["train", "-m", "fcn", "-d", "ade20k", "--demo", "--device", "cpu", "--dry-run", "--json"]
+    assert run_command([*command, "--recipe", "mine.yaml", "--set", "epochs=2"]) == 0
+    spec = json.loads(capsys.readouterr().out)
+    assert (spec["recipe"]["lr"], spec["recipe"]["epochs"], spec["recipe"]["iters"]) == (0.5, 2.0, None)
+    assert spec["recipe"]["crop"] == 64 and spec["overrides"] == ["amp", "epochs", "lr"]

@@ -17,8 +17,8 @@ from ovbench.cli.run import show as show_run
 from ovbench.errors import UsageError
 
 if TYPE_CHECKING:
+    from ovbench.train.plan import Plan
     from ovbench.train.record import TrainRecord
-    from ovbench.train.run import Plan
 
 WHAT, HOW, WORK = "What to train", "Recipe (all recorded)", "How to work"
 
@@ -64,15 +64,17 @@ def train(
         raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away.")
     if launcher not in {"none", "pytorch", "slurm"}:
         raise UsageError(f"--launcher {launcher!r}: give none, pytorch or slurm.")
-    from ovbench.train import run as training
+    from ovbench.train import processes
+    from ovbench.train.plan import TrainOptions, plan
+    from ovbench.train.run import train as start
 
     with _bars(launcher) as (on_iteration, on_count):
-        where = training.TrainOptions(
+        where = TrainOptions(
             data_root=data_root, results=results, resume=resume, workers=workers, checkpoint_every=checkpoint_every,
             tensorboard=tensorboard, launcher=launcher, command=shlex.join(["ovbench", *sys.argv[1:]]),
             on_iteration=on_iteration, on_count=on_count, on_message=say,
         )  # fmt: skip
-        planned = training.plan(
+        planned = plan(
             method, dataset, arch=arch, weights=weights, method_options=parse_options(option or []), recipe_file=recipe,
             changes=parse_options(changes or [], "--set"), limit_iters=limit_iters, sentences=prompts, seed=seed,
             device=device or _own_device(launcher), demo=demo, options=where,
@@ -80,8 +82,8 @@ def train(
         if dry_run:
             print_json(planned.spec.model_dump(mode="json")) if json else show_plan(planned)
             return
-        record, folder = training.train(planned, where)
-    if not training.part(launcher):
+        record, folder = start(planned, where)
+    if not processes.part(launcher):
         return
     if json:
         print_json(record.model_dump(mode="json"))

@@ -8,14 +8,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from ovbench.errors import DataError, OvbenchWarning, RunError
-from ovbench.hashing import sha256_of
+from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.results.record import Environment, json_text
 from ovbench.train.recipe import Recipe
 
@@ -135,16 +134,28 @@ def read(path: Path) -> TrainRecord:
 
 def unfinished(root: Path, spec_hash: str) -> Path | None:
     """The newest folder below ``root`` with a training of that spec which did not end well; None where there is none."""
-    found = []
+    found = [(record.started, folder) for record, folder in _of_spec(root, spec_hash) if record.status != "ok"]
+    return max(found)[1] if found else None
+
+
+def finished(root: Path, spec_hash: str) -> tuple[TrainRecord, Path] | None:
+    """The newest training of that spec which ended well and whose weights are still there, and its folder."""
+    for record, folder in sorted(_of_spec(root, spec_hash), key=lambda item: item[0].started, reverse=True):
+        weights = folder / WEIGHTS
+        if record.status == "ok" and weights.is_file() and sha256_of_file(weights) == record.weights_sha256:
+            return record, folder
+    return None
+
+
+def _of_spec(root: Path, spec_hash: str) -> Iterator[tuple[TrainRecord, Path]]:
     for path in root.glob(f"*/{RECORD}"):
         try:
             record = read(path)
         except DataError as error:
             warnings.warn(f"{error} It is passed over.", OvbenchWarning, stacklevel=2)
             continue
-        if record.spec_hash == spec_hash and record.status != "ok":
-            found.append((record.started, path.parent))
-    return max(found)[1] if found else None
+        if record.spec_hash == spec_hash:
+            yield record, path.parent
 
 
 @contextmanager
@@ -201,10 +212,3 @@ def read_losses(path: Path) -> Iterator[dict[str, float]]:
             return
         if isinstance(entry, dict) and "iteration" in entry:
             yield entry
-
-
-def new_id(spec_hash: str, started: datetime) -> str:
-    """A name no other training has."""
-    from ovbench.results.record import new_run_id
-
-    return new_run_id(spec_hash, started)

@@ -30,6 +30,7 @@ from ovbench.closed_set import ParameterGroup  # noqa: E402
 from ovbench.errors import RunError, WeightsError  # noqa: E402
 from ovbench.train import checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
+from ovbench.train.processes import any_of  # noqa: E402
 from ovbench.train.recipe import Recipe  # noqa: E402
 
 LESS = "Try a smaller learning rate (--set lr=...), --set grad_clip=1 or --set amp=off."
@@ -162,8 +163,11 @@ class JournalHook(Hook):  # type: ignore[misc]
         """Reports and saves."""
         done = runner.iter + 1
         losses = {name: float(value.detach()) for name, value in outputs.items()}
-        if not all(math.isfinite(value) for name, value in losses.items() if "loss" in name):
-            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
+        bad = ", ".join(name for name, value in losses.items() if "loss" in name and not math.isfinite(value))
+        # What one process finds or is told, all do: else the others would wait for it.
+        ended, self.journal.stop_asked = any_of((bool(bad), self.journal.stop_asked))
+        if ended:
+            bad = bad or "the losses of another process"
             raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} The last checkpoint is kept.")
         self.journal.iteration = done
         if self.rank == 0:
