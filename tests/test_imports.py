@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("_version", "errors", "hashing", "paths"),
     ("compat", "ops", "profile", "pictures", "colours", "classlist", "builtin", "registry", "prompts"),
-    ("spec", "backbones", "benchmarks", "cost_aggregation"),
+    ("spec", "backbones", "mask_generators", "benchmarks", "cost_aggregation"),
     ("text", "method", "results"),
     ("windowed", "trained_weights"),
     ("closed_set",),
@@ -36,7 +36,9 @@ RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MM = {"mmseg", "mmengine", "mmcv", "cv2"}
 # What parts of the suite must never import, at any level, and why.
 NEVER = {
-    **dict.fromkeys(("ops", "backbones", "methods", "method", "profile", "text", "model", "windowed"), MM),
+    **dict.fromkeys(
+        ("ops", "backbones", "mask_generators", "methods", "method", "profile", "text", "model", "windowed"), MM
+    ),
     **dict.fromkeys(
         ("errors", "paths", "registry", "spec", "results", "report"), MM | {"torch", "torchvision", "open_clip"}
     ),
