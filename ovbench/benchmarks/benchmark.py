@@ -66,6 +66,19 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Panoptic:
+    """What a benchmark with segments has beside its classes.
+
+    Attributes:
+        category_ids: The id of each class in the json file, K.
+        things: Indices of the classes that are things, sorted; the others are stuff.
+    """
+
+    category_ids: tuple[int, ...]
+    things: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """One benchmark in one of its splits, read from ``dataset_configs``.
 
@@ -91,6 +104,7 @@ class Benchmark:
         raw_gaps: Values that an unconverted label file never has (COCO-Stuff), else empty.
         layout: Folders and file names.
         synth_rules: Look of the generated copy.
+        panoptic: Where labels are segments; None where they are classes per pixel.
     """
 
     name: str
@@ -116,6 +130,7 @@ class Benchmark:
     group: str = "own"
     ignore_index: int = IGNORE_INDEX
     raw_ids: tuple[int, ...] = ()
+    panoptic: Panoptic | None = None
 
     def for_split(self, split: str) -> Benchmark:
         """The same benchmark looked at in another of its splits: "val" or "train".

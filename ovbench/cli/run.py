@@ -16,6 +16,9 @@ from ovbench.cli.console import console, print_rich, print_text, say
 from ovbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ovbench.results.panoptic import PanopticMetrics
     from ovbench.results.record import RunRecord
 
 SOLVER = "discrepancy-"  # method ids of the solvers begin so
@@ -322,6 +325,10 @@ def show(record: RunRecord, results: Path) -> None:
         _figure(cost.peak_memory_mib, 0),
     )
     print_rich(table)
+    if metrics.panoptic is not None:
+        print_rich(_panoptic_table(metrics.panoptic))
+    elif metrics.panoptic_reason:
+        print_text(f"no panoptic quality: {metrics.panoptic_reason}")
     if record.demo:
         print_text("demo: built-in CLIP or generated scenes. A check of the pipeline, no evidence about the method.")
     if record.reason:
@@ -331,6 +338,22 @@ def show(record: RunRecord, results: Path) -> None:
     for name, file in (("picture", "gallery.png"), ("labels", "predictions")):
         if (path.with_suffix("") / file).exists():
             print_text(f"{name:8s} {path.with_suffix('') / file}")
+
+
+def _panoptic_table(found: PanopticMetrics) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for head in ("", "PQ %", "SQ %", "RQ %", "classes"):
+        table.add_column(head, justify="right" if head else "left")
+    count = found.things.classes + found.stuff.classes
+    for kind, mean, classes in (
+        ("all", found, count),
+        ("things", found.things, found.things.classes),
+        ("stuff", found.stuff, found.stuff.classes),
+    ):
+        table.add_row(kind, *(_figure(value, 2) for value in (mean.pq, mean.sq, mean.rq)), str(classes))
+    return table
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -15,9 +15,10 @@ import torch
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.compat import import_mmseg
-from ovbench.errors import DataError
+from ovbench.errors import DataError, RunError
 from ovbench.evaluate.shards import ImageResult, Shard
 from ovbench.ops.areas import areas
+from ovbench.ops.panoptic import Quality, quality
 from ovbench.pictures import require_complete
 from ovbench.profile.timing import Stopwatch
 
@@ -74,7 +75,7 @@ class Monitor:
 
 @METRICS.register_module()
 class AreaMetric(BaseMetric):  # type: ignore[misc]
-    """Areas of every image, as int64, straight into the shard; the sums are taken from there.
+    """Areas and panoptic quality of every image straight into the shard; the sums are taken from there.
 
     Args:
         benchmark: Checks that label ids are in range.
@@ -106,12 +107,22 @@ class AreaMetric(BaseMetric):  # type: ignore[misc]
                 self.benchmark.require_in_range(label.cpu().numpy(), source)
                 raise DataError(f"The label '{source}' does not fit the image '{name}': {error}.") from error
             areas_cpu = type(found)(*(part.cpu() for part in found))
-            finished.append(ImageResult(index, Path(name).name, areas_cpu, per_image))
+            finished.append(ImageResult(index, Path(name).name, areas_cpu, per_image, self._quality(sample, name)))
             if m.keep is not None:
                 m.keep(index, sample)
         m.shard.append(finished)
         m.results.extend(finished)
         self.results.extend(result.index for result in finished)
+
+    def _quality(self, sample: dict[str, Any], name: str) -> Quality | None:
+        """Parts of panoptic quality of one image; None where truth or prediction has no segments."""
+        pred, truth = sample.get("pred_panoptic"), sample.get("gt_panoptic")
+        if pred is None or truth is None:
+            return None
+        try:
+            return quality(pred.to(truth.ids.device), truth, self.benchmark.num_classes)
+        except ValueError as error:
+            raise RunError(f"The predicted segments of '{name}' cannot be scored: {error}.") from error
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """Only the count: scores are computed from the shard, which a resumed run shares."""

@@ -20,6 +20,7 @@ from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir
 from ovbench.results import record as records
 from ovbench.results import store
+from ovbench.results.panoptic import panoptic_from_sums
 from ovbench.spec import RunSpec, validated
 
 DEMO_IMAGES = 24
@@ -351,15 +352,25 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
 
 
 def metrics_of(state: _State) -> records.Metrics:
-    """Scores from the areas in the run's shard file."""
-    total = state.shard.total()
+    """Scores from what the run's shard file holds per image."""
+    benchmark, total = state.benchmark, state.shard.total()
+    panoptic, reason = None, None
+    if benchmark.panoptic is not None:
+        sums = state.shard.total_quality()
+        if sums is None:
+            reason = f"{state.spec.method} gives labels per pixel, no segments"
+        else:
+            parts = (part.tolist() for part in sums)
+            panoptic = panoptic_from_sums(benchmark.class_names, benchmark.panoptic.things, *parts)
     return records.metrics_from_areas(
-        state.benchmark.class_names,
+        benchmark.class_names,
         total.intersect.tolist(),
         total.union.tolist(),
         total.pred.tolist(),
         total.label.tolist(),
         images=len(state.shard.done),
+        panoptic=panoptic,
+        panoptic_reason=reason,
     )
 
 

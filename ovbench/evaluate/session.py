@@ -64,12 +64,13 @@ def evaluate_images(
         num_workers=min(workers, len(indices)),
         collate_fn=pseudo_collate,
     )
-    _warm_up(model, dataset)
+    segmentor = OpenVocabSegmentor(model=model)
+    _warm_up(segmentor, dataset)
     stopwatch.discard()
     resettable = reset_peak_memory(model.device)
     with quiet_work_folder() as work_dir:
         runner = EvaluationRunner(
-            model=OpenVocabSegmentor(model=model),
+            model=segmentor,
             work_dir=work_dir,
             test_dataloader=loader,
             test_evaluator=Evaluator([AreaMetric(benchmark, monitor)]),
@@ -146,11 +147,11 @@ def _open_shard(state: _State, benchmark: Benchmark) -> None:
         options.on_message(f"Resuming {state.run_id}: {len(state.shard.done)} images are done.")
 
 
-def _warm_up(model: SegmentationModel, dataset: Any) -> None:
+def _warm_up(segmentor: Any, dataset: Any) -> None:
     """One image through everything, so that allocation and kernel choice are not timed."""
     sample = dataset[0]
-    image = sample["inputs"].flip(0)
-    model.predict_labels([image], [tuple(sample["data_samples"].ori_shape[:2])])
+    with torch.inference_mode():
+        segmentor.test_step({key: [value] for key, value in sample.items()})
 
 
 @contextmanager

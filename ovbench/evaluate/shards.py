@@ -5,6 +5,7 @@ The first line says which run it belongs to. Areas are stored for the classes th
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ovbench.errors import DataError, RunError
 from ovbench.ops.areas import Areas
+from ovbench.ops.panoptic import Quality
 
 SUFFIX = ".areas.jsonl"
 VERSION = 1
@@ -31,12 +33,14 @@ class ImageResult:
         name: File name for people.
         areas: Pixel counts per class (K,), int64.
         times_ms: Milliseconds per stage and in ``total``.
+        quality: Parts of panoptic quality per class (K,); None where truth or prediction has no segments.
     """
 
     index: int
     name: str
     areas: Areas
     times_ms: dict[str, float]
+    quality: Quality | None = None
 
 
 class Shard:
@@ -114,6 +118,17 @@ class Shard:
             total = Areas(*(a + b for a, b in zip(total, result.areas, strict=True)))
         return total
 
+    def total_quality(self) -> Quality | None:
+        """Sum of the parts of panoptic quality; None unless every finished image has them.
+
+        Images are added in dataset order, because sums of floats depend on it: a resumed run gives the same.
+        """
+        found = [self.done[index].quality for index in sorted(self.done)]
+        if not found or None in found:
+            return None
+        parts = zip(*(quality for quality in found if quality is not None), strict=True)
+        return Quality(*(functools.reduce(torch.add, part) for part in parts))
+
 
 def find_unfinished(folder: Path, spec_hash: str, fingerprint: str) -> Path | None:
     """The newest shard file of the same spec and data whose run has no complete record, or None."""
@@ -140,6 +155,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _to_json(result: ImageResult) -> dict[str, Any]:
     used = ((result.areas.pred > 0) | (result.areas.label > 0)).nonzero()[:, 0]
+    panoptic = {} if result.quality is None else {"panoptic": _quality_to_json(result.quality)}
     return {
         "index": result.index,
         "name": result.name,
@@ -147,18 +163,26 @@ def _to_json(result: ImageResult) -> dict[str, Any]:
         "intersect": result.areas.intersect[used].tolist(),
         "pred": result.areas.pred[used].tolist(),
         "label": result.areas.label[used].tolist(),
+        **panoptic,
         "times_ms": {key: round(value, 4) for key, value in result.times_ms.items()},
     }
 
 
 def _from_json(content: dict[str, Any], num_classes: int) -> ImageResult:
-    used = torch.tensor(content["classes"], dtype=torch.int64)
+    def spread(part: dict[str, Any], name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        used, values = torch.tensor(part["classes"], dtype=torch.int64), torch.tensor(part[name], dtype=dtype)
+        return torch.zeros(num_classes, dtype=dtype).index_put((used,), values)
 
-    def spread(values: list[int]) -> Tensor:
-        return torch.zeros(num_classes, dtype=torch.int64).index_put((used,), torch.tensor(values, dtype=torch.int64))
+    areas = Areas(spread(content, "intersect"), spread(content, "pred"), spread(content, "label"))
+    quality, part = None, content.get("panoptic")
+    if part is not None:
+        quality = Quality(spread(part, "iou", torch.float64), *(spread(part, name) for name in ("tp", "fp", "fn")))
+    return ImageResult(content["index"], content["name"], areas, content["times_ms"], quality)
 
-    areas = Areas(spread(content["intersect"]), spread(content["pred"]), spread(content["label"]))
-    return ImageResult(content["index"], content["name"], areas, content["times_ms"])
+
+def _quality_to_json(quality: Quality) -> dict[str, Any]:
+    used = (quality.tp + quality.fp + quality.fn > 0).nonzero()[:, 0]
+    return {"classes": used.tolist(), **{name: part[used].tolist() for name, part in quality._asdict().items()}}
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
