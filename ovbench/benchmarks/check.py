@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +13,11 @@ import numpy.typing as npt
 
 from ovbench.benchmarks import get
 from ovbench.benchmarks.benchmark import Benchmark
+from ovbench.benchmarks.findings import Findings, read_image
 from ovbench.benchmarks.labels import id_ranges
 from ovbench.benchmarks.layout import Pair, Scan
-from ovbench.benchmarks.report import CheckReport, Level, Problem
+from ovbench.benchmarks.panoptic_check import PanopticFindings
+from ovbench.benchmarks.report import CheckReport, Problem
 from ovbench.benchmarks.synth import is_synthetic
 from ovbench.errors import DataError
 
@@ -44,27 +44,11 @@ class _Seen(NamedTuple):
     counts: Counts | None
 
 
-def _read_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
-    """Size (width, height) as a reader that follows EXIF rotation sees it, and what is wrong with the file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            # A JPEG is decoded at an eighth: all its data is read, so that a truncated file shows, in less time.
-            image.draft("L", (1, 1))
-            image.load()
-            return ((height, width) if turned else (width, height)), None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, str(error) or type(error).__name__
-
-
 def _inspect(pair: Pair, largest: int) -> _Seen:
     """Opens one pair; never raises for what is in the files. ``largest`` is the largest value that a label may have."""
     from PIL import Image
 
-    image_size, image_error = _read_image(pair.image)
+    image_size, image_error = read_image(pair.image)
     label_size, colour, lossy, narrow, widest, counts = None, None, False, False, 0, None
     try:
         with Image.open(pair.label) as label:
@@ -87,48 +71,31 @@ def _inspect(pair: Pair, largest: int) -> _Seen:
     return _Seen(pair, image_error, label_error, image_size, label_size, colour, lossy, narrow, widest, counts)
 
 
-class _Findings:
+class _Findings(Findings):
     """Collects what the pairs show and turns it into problems."""
 
     def __init__(self, benchmark: Benchmark, root: Path) -> None:
-        self.benchmark, self.root = benchmark, root
+        super().__init__(benchmark, root)
         self.ids, self.ignored = benchmark.id_table.astype(np.int64), benchmark.ignore_index
-        self.examples: dict[str, list[str]] = {}
-        self.tally: Counter[str] = Counter()
         self.wrong_ids: set[int] = set()
         self.files_with = np.zeros(self.ignored + 1, np.int64)
         self.pixels = np.zeros(self.ignored + 1, np.int64)
         self.readable = 0
-        self.only_ignored = 0
-        self.problems: list[Problem] = []
 
-    def note(self, kind: str, path: Path | str, detail: str = "") -> None:
-        self.tally[kind] += 1
-        shown = self.examples.setdefault(kind, [])
-        if len(shown) < 3:
-            path = Path(path)
-            name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-            shown.append(f"{name} ({detail})" if detail else name)
-
-    def report(self, kind: str, level: Level, message: str, fix: str) -> None:
-        """Adds a problem under the files noted for ``kind``."""
-        files = tuple(self.examples.get(kind, ()))
-        self.problems.append(Problem(kind, level, message, fix, self.tally[kind], files))
+    def inspect(self, pair: Pair) -> _Seen:
+        """What is in one pair of files; runs in threads."""
+        return _inspect(pair, self.ignored)
 
     def add(self, seen: _Seen) -> None:
         """Takes one pair into account."""
         benchmark = self.benchmark
-        if seen.image_error:
-            self.note("unreadable_image", seen.pair.image, seen.image_error)
-        if seen.label_error:
-            self.note("unreadable_label", seen.pair.label, seen.label_error)
-        if seen.image_size and seen.label_size and seen.image_size != seen.label_size:
-            sizes = [f"{width} x {height}" for width, height in (seen.label_size, seen.image_size)]
-            self.note("size_mismatch", seen.pair.label, f"{sizes[0]}, image {sizes[1]}")
+        self.note_files(
+            (seen.pair.image, seen.image_size, seen.image_error),
+            (seen.pair.label, seen.label_size, seen.label_error),
+            seen.lossy,
+        )
         if seen.colour:
             self.note("colour_label", seen.pair.label, seen.colour)
-        if seen.lossy:
-            self.note("lossy_label", seen.pair.label)
         if seen.narrow and benchmark.wide:
             self.note("narrow_ids", seen.pair.label)
         if seen.widest > self.ignored:
@@ -156,30 +123,24 @@ class _Findings:
         np.add.at(counts, self.ids, self.pixels)
         return counts[: self.benchmark.num_classes]
 
-    def ignored_pixels(self) -> int:
-        """Pixels that no metric counts."""
-        return int(self.pixels[self.ids == self.ignored].sum())
+    def ignore_share(self) -> float | None:
+        """Share of the pixels that no metric counts; None without any pixel."""
+        pixels = int(self.pixels.sum())
+        return int(self.pixels[self.ids == self.ignored].sum()) / pixels if pixels else None
+
+    def judge(self) -> None:
+        """All problems of the files."""
+        self.judge_files()
+        self.judge_numbering()
 
     def judge_files(self) -> None:
         """Problems that single files show."""
         tally, made = self.tally, f"{self.benchmark.labels_from}."
-        if tally["unreadable_image"]:
-            text = f"{tally['unreadable_image']} images are damaged or truncated."
-            self.report("unreadable_image", "error", text, "Fetch these files again.")
-        if tally["unreadable_label"]:
-            text = f"{tally['unreadable_label']} label files are damaged or no image."
-            self.report("unreadable_label", "error", text, f"Fetch or make them again: {made}")
-        if tally["size_mismatch"]:
-            text = f"{tally['size_mismatch']} labels have another size than their image."
-            fix = "Use images and labels of the same release, none of them resized or rotated."
-            self.report("size_mismatch", "error", text, fix)
+        self.judge_readability()
         if tally["colour_label"]:
             text = f"{tally['colour_label']} labels are coloured pictures, not one class id per pixel."
             fix = f"Use the index PNGs, or turn colours into ids and save grey ('L') or palette ('P') PNGs. {made}"
             self.report("colour_label", "error", text, fix)
-        if tally["lossy_label"]:
-            text = f"{tally['lossy_label']} labels are JPEG data, which changes ids near borders."
-            self.report("lossy_label", "error", text, f"Make them again as PNG: {made}")
         if tally["narrow_ids"]:
             classes = self.benchmark.num_classes
             text = f"{tally['narrow_ids']} labels have 8 bits, which cannot tell {classes} classes apart."
@@ -238,7 +199,7 @@ class _Findings:
             self.report("one_class", "warning", text, f"Look at the label files. {made}")
 
 
-def _judge_pairing(findings: _Findings, found: Scan, synthetic: bool) -> None:
+def _judge_pairing(findings: Findings, found: Scan, synthetic: bool) -> None:
     """Problems that the names alone show."""
     benchmark = findings.benchmark
     for kind, missing in (("missing_images", found.missing_images), ("missing_labels", found.missing_labels)):
@@ -301,22 +262,21 @@ def check(
             benchmark.name, split, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,)
         )
     synthetic = is_synthetic(home)
-    findings = _Findings(benchmark, home)
+    findings = _Findings(benchmark, home) if benchmark.panoptic is None else PanopticFindings(benchmark, home)
     _judge_pairing(findings, found, synthetic)
     pairs = found.pairs[:limit]
     executor = ThreadPoolExecutor(max_workers=workers or min(16, os.cpu_count() or 1))
     try:
-        for done, seen in enumerate(executor.map(partial(_inspect, largest=benchmark.ignore_index), pairs), 1):
-            findings.add(seen)
+        for done, seen in enumerate(executor.map(findings.inspect, pairs), 1):
+            findings.add(seen)  # type: ignore[arg-type]  # each kind gets what its own inspect has seen
             if progress:
                 progress(done, len(pairs))
     finally:
         executor.shutdown(cancel_futures=True)  # Ctrl-C must not wait for thousands of files
     if not found.listed:
         findings.report("empty", "error", "The split list names no image.", "Fetch the list again.")
-    findings.judge_files()
-    findings.judge_numbering()
-    per_class, pixels = findings.class_pixels(), int(findings.pixels.sum())
+    findings.judge()
+    per_class = findings.class_pixels()
     return CheckReport(
         benchmark=benchmark.name,
         split=split,
@@ -326,7 +286,7 @@ def check(
         listed=found.listed,
         checked=len(pairs),
         classes_present=int((per_class > 0).sum()),
-        ignore_share=findings.ignored_pixels() / pixels if pixels else None,
+        ignore_share=findings.ignore_share(),
         problems=tuple(sorted(findings.problems, key=lambda problem: problem.level != "error")),
     )
 

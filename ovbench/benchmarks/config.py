@@ -80,6 +80,28 @@ def _is_order(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value) and set(value) == set(range(len(value)))
 
 
+def id_list(text: str) -> tuple[int, ...]:
+    """The numbers of ``"1-3, 5"``: (1, 2, 3, 5).
+
+    Raises:
+        ValueError: Anything else.
+    """
+    ids: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        low = int(first)
+        ids += range(low, (int(last) if dash else low) + 1)
+    return tuple(ids)
+
+
+def _is_id_list(value: object) -> bool:
+    try:
+        ids = id_list(value) if isinstance(value, str) else ()
+    except ValueError:
+        return False
+    return len(ids) > 0 and len(set(ids)) == len(ids)
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -93,7 +115,7 @@ def _is_one_of(*allowed: object) -> Callable[[object], bool]:
 
 
 # Sections that a config may leave out.
-_OPTIONAL = ("train",)
+_OPTIONAL = ("train", "panoptic")
 # section -> key -> (required, test)
 _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     "benchmark": {
@@ -120,6 +142,13 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         # The largest value of 8-bit and of 16-bit files.
         "ignore_index": (True, _is_one_of(255, 65535)),
         "raw_ids": (False, _is_order),
+        "panoptic_file": (False, _is_name),
+    },
+    # Labels that are segments: numbers as in "1-11, 13-25".
+    "panoptic": {
+        "category_ids": (True, _is_id_list),
+        "things": (True, _is_id_list),
+        "exact_areas": (True, _is_flag),
     },
     "train": {
         "data_prefix": (True, _is_prefix),
@@ -128,6 +157,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "img_suffix": (False, _is_name),
         "seg_map_suffix": (False, _is_name),
         "stems": (True, _is_strings),
+        "panoptic_file": (False, _is_name),
     },
     "synth": {
         "home": (True, _is_text),
@@ -135,7 +165,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "short": (True, _is_size),
         "long": (True, _is_size),
         "portraits": (True, _is_flag),
-        "label_mode": (True, _is_one_of("L", "P", "I;16")),
+        "label_mode": (True, _is_one_of("L", "P", "I;16", "RGB")),
         "void": (True, _is_one_of("none", "border", "patch", "strip")),
         "things": (True, _is_one_of("foreground", "any")),
         "always_zero": (False, _is_flag),
@@ -178,7 +208,28 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults.append("16-bit labels (ignore_index 65535) are read as they are: no reduce_zero_label, no raw_ids")
     if wide and "train" in values:
         faults.append("16-bit labels can be evaluated, not trained on: mmseg's transforms would not crop them")
-    return faults
+    return faults + _panoptic_contradictions(values)
+
+
+def _panoptic_contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What does not fit together where labels are segments, or are said to be in one place only."""
+    classes, dataset, panoptic = values["benchmark"]["num_classes"], values["dataset"], values.get("panoptic")
+    parts = {"dataset": dataset, "train": values.get("train")}
+    has_file = {name: "panoptic_file" in part for name, part in parts.items() if part is not None}
+    rgb = values["synth"]["label_mode"] == "RGB"
+    if panoptic is None:
+        faults = [f"{name}.panoptic_file needs a section panoptic" for name, there in has_file.items() if there]
+        return faults + (["synth.label_mode RGB is for labels that are segments"] if rgb else [])
+    faults = [f"{name}.panoptic_file is missing" for name, there in has_file.items() if not there]
+    if len(id_list(panoptic["category_ids"])) != classes:
+        faults.append(f"panoptic.category_ids must have an id for each of {classes} classes")
+    if not set(id_list(panoptic["things"])) <= set(range(classes)):
+        faults.append(f"panoptic.things must be labels 0..{classes - 1}")
+    if dataset["type"] != "PanopticDataset" or dataset["reduce_zero_label"] or dataset["ignore_index"] != 255:
+        faults.append("labels that are segments need type PanopticDataset, reduce_zero_label False, ignore_index 255")
+    if dataset.get("raw_ids") is not None or dataset["ann_file"]:
+        faults.append("labels that are segments have neither raw_ids nor an ann_file")
+    return faults if rgb else [*faults, "synth.label_mode must be RGB"]
 
 
 def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict[str, Any]:

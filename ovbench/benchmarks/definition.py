@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ovbench.benchmarks.benchmark import Split, SynthRules
+from ovbench.benchmarks.config import id_list
 from ovbench.benchmarks.layout import Layout
+from ovbench.benchmarks.panoptic import Panoptic
 
 
 def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +46,12 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "synth_rules": SynthRules(**rules),
         "dataset_type": dataset["type"],
         "word_lists": lists["wordings"],
+        "panoptic": None if values.get("panoptic") is None else _panoptic(values["panoptic"]),
     }
+
+
+def _panoptic(given: dict[str, Any]) -> Panoptic:
+    return Panoptic(id_list(given["category_ids"]), tuple(sorted(id_list(given["things"]))), given["exact_areas"])
 
 
 def _split(values: dict[str, Any], given: dict[str, Any]) -> Split:
@@ -57,5 +64,6 @@ def _split(values: dict[str, Any], given: dict[str, Any]) -> Split:
         image_suffix=section["img_suffix"],
         label_suffix=section["seg_map_suffix"],
         homes=tuple(values["benchmark"]["homes"]),
+        panoptic_file=section.get("panoptic_file", ""),
     )
     return Split(layout, section["expected_images"], tuple(section["stems"]))

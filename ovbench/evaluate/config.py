@@ -64,9 +64,10 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
+    imports = ["ovbench.segmentor"] + ["ovbench.benchmarks.panoptic_dataset"] * (benchmark.panoptic is not None)
     return {
         "default_scope": "mmseg",
-        "custom_imports": {"imports": ["ovbench.segmentor"], "allow_failed_imports": False},
+        "custom_imports": {"imports": imports, "allow_failed_imports": False},
         "model": model,
         "test_dataloader": {
             "batch_size": options.batch or 1,

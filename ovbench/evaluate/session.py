@@ -96,6 +96,7 @@ def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: 
     from mmengine.registry import DefaultScope
     from mmseg.registry import DATASETS
 
+    import ovbench.benchmarks.panoptic_dataset
     import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
     cfg = benchmark.dataset_cfg(root, short_side=short_side, long_side=long_side)

@@ -92,6 +92,8 @@ class Verification:
         differing: Images whose areas differ, most pixels first; empty where ``per_image`` is False.
         label_differs: Images whose label files differ.
         miou: Percent over the compared images, unrounded.
+        pq: Panoptic quality in percent; None on a side that has none, or where not all recorded images were repeated.
+        panoptic_equal: Whether counts and sums of IoU of every class are the recorded ones, where ``pq`` has both.
         classes: IoU in percent of each class that differs.
         spec: Fields of the spec that differ, except the number of images.
         data: Fingerprints, where they differ.
@@ -109,6 +111,8 @@ class Verification:
     differing: tuple[ImageDifference, ...]
     label_differs: tuple[str, ...]
     miou: tuple[float | None, float | None]
+    pq: tuple[float | None, float | None]
+    panoptic_equal: bool
     classes: Pairs
     spec: Pairs
     data: Pairs
@@ -118,8 +122,8 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        """Whether all areas are the recorded ones, to the pixel."""
-        return self.pixels == 0 and not self.differing and not self.label_differs
+        """Whether all areas are the recorded ones, to the pixel, and with them the panoptic quality."""
+        return self.pixels == 0 and not self.differing and not self.label_differs and self.panoptic_equal
 
     @property
     def difference(self) -> float | None:
@@ -316,6 +320,8 @@ def _compared(
                 differing.append(ImageDifference(name, changed, int(again.label[index].sum())))
         pixels = sum(entry.pixels for entry in differing)
     scores = zip(before.classes, now.metrics.classes, strict=True)
+    whole = now.metrics.images == record.metrics.images
+    quality = (record.metrics.panoptic, now.metrics.panoptic) if whole else (None, None)
     ignored = {"limit"} | {name for name in ("weights", "arch") if given.weights is not None}
     ignored |= {f"protocol.{name}" for name in ("wording", "templates") if getattr(given, name) is not None}
     spec = _pairs(flat(record.spec.model_dump(mode="json")), flat(now.spec.model_dump(mode="json")))
@@ -329,6 +335,8 @@ def _compared(
         differing=tuple(sorted(differing, key=lambda entry: (-entry.pixels, entry.name))),
         label_differs=tuple(labels),
         miou=(before.miou, now.metrics.miou),
+        pq=(None if quality[0] is None else quality[0].pq, None if quality[1] is None else quality[1].pq),
+        panoptic_equal=quality[0] == quality[1],
         classes={old.name: (old.iou, new.iou) for old, new in scores if old.iou != new.iou},
         spec={name: pair for name, pair in spec.items() if name not in ignored},
         data=_pairs(*({"dataset fingerprint": one.provenance.dataset_fingerprint} for one in (record, now))),
