@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from ovbench.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
-OPEN_VOCABULARY, CLOSED_SET = "open-vocabulary", "closed-set"  # tracks
+OPEN_VOCABULARY, MASK_BASED, CLOSED_SET = "open-vocabulary", "mask-based", "closed-set"  # tracks
 # By class of the base, what a method of it must override one of.
 _BASES = {
+    "ovbench.mask_method.MaskMethod": ("classify",),
     "ovbench.method.Method": ("features", "patch_logits"),
     "ovbench.closed_set.ClosedSetMethod": ("model_config",),
 }
@@ -55,7 +56,8 @@ class MethodInfo:
         summary: One line for ``ovbench list methods``.
         paper: Authors, title or arXiv number.
         protocol: The preset that ``--protocol paper`` means for this method.
-        track: ``open-vocabulary``: any words; ``closed-set``: the classes it was trained on.
+        track: ``open-vocabulary``: any words at every pixel; ``mask-based``: any words for masks of a generator;
+            ``closed-set``: the classes it was trained on.
         source: The file, for methods that are not part of ovbench.
         source_sha256: Its hash, for the record: no commit of ovbench tells what is in it.
     """
@@ -316,7 +318,9 @@ def _require_method(found: object, info: MethodInfo) -> type:
         raise UsageError(f"{what} derives from {name}, but its track is '{info.track}': give the right one in METHODS.")
     cls: type = found  # type: ignore[assignment]
     if all(getattr(cls, wanted) is getattr(bases[name], wanted) for wanted in _BASES[name]):
-        gives = "gives a method's dense features" if name.endswith(".Method") else "gives the network"
+        gives = {"features": "gives a method's dense features", "classify": "says what is in each mask"}.get(
+            _BASES[name][0], "gives the network"
+        )
         raise UsageError(f"{what} does not override {_BASES[name][0]}(), which {gives}.")
     return cls
 

@@ -44,8 +44,10 @@ class Protocol(BaseModel):
         description="input that is no multiple of the patch size: drop the rest at the right and bottom, as plain "
         "CLIP does, or pad with the mean colour on both sides and cut the logits back",
     )
-    pos_interp: Literal["offset", "size"] = Field(
-        "offset", description="bicubic position embeddings by scale (h + 0.1)/g, as public numbers used, or to the size"
+    pos_interp: Literal["offset", "size", "bilinear"] = Field(
+        "offset",
+        description="position embeddings: bicubic by scale (h + 0.1)/g, as public numbers used; bicubic to the size; or "
+        "bilinear to the size",
     )
     logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
     prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")

@@ -20,9 +20,9 @@ LAYERS = (
     ("spec", "backbones", "mask_generators", "benchmarks", "cost_aggregation"),
     ("text", "method", "results"),
     ("windowed", "trained_weights"),
-    ("closed_set",),
+    ("closed_set", "mask_method"),
     ("methods", "model", "report", "builtin.train", "builtin.evaluation", "builtin.corpus", "builtin.readouts"),
-    ("mmseg_models", "view_model"),
+    ("mmseg_models", "view_model", "mask_model"),
     ("closed_set_weights",),
     ("segmentor",),
     ("profile.report", "profile.subject", "profile.measure", "profile.job", "profile.launch"),
@@ -37,7 +37,20 @@ MM = {"mmseg", "mmengine", "mmcv", "cv2"}
 # What parts of the suite must never import, at any level, and why.
 NEVER = {
     **dict.fromkeys(
-        ("ops", "backbones", "mask_generators", "methods", "method", "profile", "text", "model", "windowed"), MM
+        (
+            "ops",
+            "backbones",
+            "mask_generators",
+            "methods",
+            "method",
+            "profile",
+            "text",
+            "model",
+            "windowed",
+            "mask_method",
+            "mask_model",
+        ),
+        MM,
     ),
     **dict.fromkeys(
         ("errors", "paths", "registry", "spec", "results", "report"), MM | {"torch", "torchvision", "open_clip"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, WeightsError
 
-PosInterp = Literal["offset", "size"]
+PosInterp = Literal["offset", "size", "bilinear"]
 Grid = tuple[int, int]
 # (q, k, v), each (B, heads, 1+N, d), and the patch grid -> attention output (B, heads, 1+N, d)
 Attend = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
@@ -54,21 +54,24 @@ class LastBlock:
 def resize_position_embedding(
     embedding: Tensor, pretrained: Grid, grid: Grid, how: PosInterp = "offset", antialias: bool = False
 ) -> Tensor:
-    """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), bicubic, the CLS row untouched.
+    """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), the CLS row untouched.
 
     Args:
         embedding: Pretrained embedding, CLS first.
         pretrained: Its grid.
         grid: Wanted grid (h, w).
         how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (a trick of DINO
-            against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
+            against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size; both are
+            bicubic; ``"bilinear"`` resizes to the exact size bilinearly.
         antialias: Low-pass where the grid shrinks.
     """
     if grid == pretrained:
         return embedding
     cls, patches = embedding[:1], embedding[1:]
     image = patches.reshape(1, *pretrained, -1).permute(0, 3, 1, 2).float()  # (1, C, g_h, g_w)
-    if how == "offset":
+    if how == "bilinear":
+        image = F.interpolate(image, size=grid, mode="bilinear", align_corners=False, antialias=antialias)
+    elif how == "offset":
         scale = [(grid[0] + 0.1) / pretrained[0], (grid[1] + 0.1) / pretrained[1]]
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False, antialias=antialias)
     else:
@@ -271,8 +274,13 @@ class DenseCLIP(nn.Module):
     def _after_attention(
         self, index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rule: LastBlock
     ) -> Tensor:
-        block: Any = self.blocks[index]
         heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
+        return self.finish_block(index, x, heads, rule)
+
+    def finish_block(self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None) -> Tensor:
+        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d)."""
+        block: Any = self.blocks[index]
+        rule = rule or LastBlock()
         out = block.ls_1(self.merge_heads(heads, index))
         if rule.residual:
             out = x + out
@@ -280,6 +288,15 @@ class DenseCLIP(nn.Module):
             out = out + block.ls_2(block.mlp(block.ln_2(out)))
         result: Tensor = out
         return result
+
+    def queries(self, x: Tensor, index: int = -1) -> Tensor:
+        """Queries (B, heads, T, d) of a block (its LN1 applied) from tokens (B, T, C)."""
+        block: Any = self.blocks[index]
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        own = block.attn.q_proj_weight if weight is None else weight.chunk(3)[0]
+        q = F.linear(block.ln_1(x), own, bias.chunk(3)[0])
+        heads: Tensor = q.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        return heads
 
     def qkv(self, x: Tensor, index: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value of a block (its LN1 applied), each (B, heads, T, d), from its input (B, T, C)."""

@@ -52,7 +52,7 @@ def predict(
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
     templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
-    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.")] = None,
+    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.")] = None,
     upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,
     pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.")] = None,
     window_batch: Annotated[int | None, typer.Option(help="Windows per forward.")] = None,

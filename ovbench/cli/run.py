@@ -58,7 +58,7 @@ def run(
     scales: Annotated[str | None, typer.Option(metavar="A,B,...", help="Closed-set methods: factors on the size, whose probabilities are averaged, e.g. 0.5,1,1.5.", rich_help_panel=PROTOCOL)] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Closed-set methods: also the mirrored image.", rich_help_panel=PROTOCOL)] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.", rich_help_panel=PROTOCOL)] = None,
-    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.", rich_help_panel=PROTOCOL)] = None,
+    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.", rich_help_panel=PROTOCOL)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step. Default: 1 on a CPU, 8 on a GPU.", rich_help_panel=WORK)] = None,

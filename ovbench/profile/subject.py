@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError
+from ovbench.profile.parameters import Parameters, by_part
 from ovbench.profile.report import ProfileSpec
 from ovbench.profile.timing import Stopwatch
 
@@ -35,6 +36,7 @@ class Subject:
         windows: Forwards per whole image.
         watch: Makes the stages that the model names go to a stopwatch.
         countable: Within it the steps run uncompiled, so that every operation can be seen.
+        trained: Parameters by part under the policy that the method's recipes train; None: as they stand.
     """
 
     spec: ProfileSpec
@@ -47,6 +49,7 @@ class Subject:
     windows: int | None
     watch: Callable[[Stopwatch], None]
     countable: Callable[[], AbstractContextManager[None]] = nullcontext
+    trained: dict[str, Parameters] | None = None
 
 
 def build_subject(spec: ProfileSpec) -> Subject:
@@ -174,6 +177,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
         finally:
             setattr(model, name, network)
 
+    trained = _trained(model, parts)
     with torch.inference_mode():
         shape = model.network_input(pictures(1, window)).shape
     return Subject(
@@ -187,7 +191,23 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
         windows=views,
         watch=watch,
         countable=countable,
+        trained=trained,
     )
+
+
+def _trained(model: Any, parts: dict[str, nn.Module]) -> dict[str, Parameters] | None:
+    """Parameters by part while those have gradients that a mask-based method's own policy trains; None for others."""
+    method: Any = getattr(model, "method", None)
+    if not getattr(method, "POLICIES", ()):
+        return None
+    names = {name for group in method.parameter_groups() for name in group["params"]}
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in names)
+    sizes = by_part(model, parts)
+    method.requires_grad_(False)
+    if hasattr(method.clip, "join_projections"):
+        method.clip.join_projections()
+    return sizes
 
 
 def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
