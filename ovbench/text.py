@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.frozen_clip import FrozenCLIP
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir
@@ -92,7 +92,7 @@ def templates(name: str) -> list[str]:
     return lines
 
 
-def embed_words(clip: DenseCLIP, words: Sequence[str], prompts: Prompts | Sequence[str]) -> Tensor:
+def embed_words(clip: FrozenCLIP, words: Sequence[str], prompts: Prompts | Sequence[str]) -> Tensor:
     """Text embeddings (Q, D), float32, L2-normalised, of class words; cached in memory and on disk by content.
 
     The cache key holds the weights' hash, the activation, every word with its sentences, and the kind of device: two
@@ -155,7 +155,7 @@ def _write(path: Path, embeddings: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _embed(clip: DenseCLIP, words: Sequence[str], sentences: Sequence[Sequence[str]]) -> Tensor:
+def _embed(clip: FrozenCLIP, words: Sequence[str], sentences: Sequence[Sequence[str]]) -> Tensor:
     device = next(clip.parameters()).device
     of_word = dict(zip(words, sentences, strict=True))
     texts = [text for group in of_word.values() for text in group]
@@ -173,7 +173,7 @@ def _embed(clip: DenseCLIP, words: Sequence[str], sentences: Sequence[Sequence[s
     return mean[[place[word] for word in words]].clone()
 
 
-def _require_short(clip: DenseCLIP, of_word: dict[str, Sequence[str]], texts: Sequence[str], tokens: Tensor) -> None:
+def _require_short(clip: FrozenCLIP, of_word: dict[str, Sequence[str]], texts: Sequence[str], tokens: Tensor) -> None:
     """Nothing, if the tokenizer has cut no text: ``tokens`` (n, context) are those of ``texts``.
 
     Raises:

@@ -6,19 +6,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_clip import photo
 from torch import Tensor
 
+from ovbench.builtin.scenes import render
 from ovbench.errors import UsageError, WeightsError
 from ovbench.mask_generators import mask2former_weights
 from ovbench.mask_generators.generator import truth_masks
+from ovbench.mask_generators.grid import Grid, rectangles
 from ovbench.mask_generators.load import MASK2FORMERS, generator_names, load_generator
 from ovbench.mask_generators.mask2former import Mask2Former, without_padding
 from ovbench.mask_generators.mask2former_weights import RECIPES, Recipe, load_mask2former, random_mask2former
 from ovbench.mask_generators.oracle import NoisyOracle, Oracle
+from ovbench.mask_generators.regions import colour_regions, merge_tree
 
 transformers = pytest.importorskip("transformers")
 BACKBONE = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
@@ -272,3 +276,52 @@ def test_the_noisy_oracle_is_as_far_off_as_it_is_told() -> None:
     assert torch.equal(first.masks, NoisyOracle(0.5, 6).propose([image], [truth()])[0].masks)
     with pytest.raises(UsageError, match="strength 2"):
         NoisyOracle(2)
+
+
+def test_rectangles_cover_the_image_at_every_scale() -> None:
+    found = rectangles((12, 16), 2)
+    assert found.shape == (1 + 9 + 49, 12, 16) and bool(found.any(dim=0).all())
+    assert found[0].all() and found[1].sum() == 12 * 16 / 4 and found[10].sum() == 12 * 16 / 16
+    assert len({tuple(mask.flatten().tolist()) for mask in found}) == 59
+    assert rectangles((3, 2), 2).shape == (59, 3, 2)  # smaller than the smallest
+
+
+def test_the_tree_merges_what_is_alike_first() -> None:
+    """Three cells of one histogram, then two of another, in a row: the clearest nodes are those."""
+    counts = np.array([[9.0, 0, 0], [8, 1, 0], [9, 0, 0], [0, 1, 8], [0, 0, 9]])
+    nodes = sorted(merge_tree(counts, (1, 5)), key=lambda node: -node.cost)
+    assert [sorted(node.cells.tolist()) for node in nodes[:2]] in ([[0, 1, 2], [3, 4]], [[3, 4], [0, 1, 2]])
+    joint, parts = np.array([26.0, 2, 17]), (np.array([26.0, 1, 0]), np.array([0, 1, 17.0]))
+    surprise = [-(c[c > 0] * np.log(c[c > 0] / c.sum())).sum() for c in (joint, *parts)]
+    assert nodes[0].cost == pytest.approx(surprise[0] - surprise[1] - surprise[2]) == nodes[1].cost
+
+
+def test_regions_follow_textures_of_generated_scenes() -> None:
+    """Of six scenes: most segments have a region, and rectangles alone are far behind."""
+    words = ["cat", "dog", "bus", "sky", "grass", "road", "sea", "sand", "chair"]
+    better = []
+    for seed in range(6):
+        scene = render(words, 120, 160, seed)
+        image = torch.from_numpy(scene.image).permute(2, 0, 1)
+        segments = truth_masks(torch.from_numpy(scene.label).long())
+        best = []
+        for generator in (Grid(), Grid(regions=0)):
+            [found] = generator.propose([image])
+            logits = torch.nn.functional.interpolate(found.masks[None], size=(120, 160), mode="bilinear")[0]
+            best.append(iou(segments, logits >= 0).amax(1))
+        better.append(torch.stack(best))
+    with_regions, rectangles_alone = torch.cat(better, dim=1).mean(dim=1).tolist()
+    assert with_regions > 0.75 > 0.6 > rectangles_alone
+
+
+def test_a_grid_is_deterministic_and_has_the_masks_it_is_told() -> None:
+    image = photo(90, 120)
+    before = torch.get_rng_state()
+    [first], [second] = Grid(12, 1).propose([image]), Grid(12, 1).propose([image])
+    assert torch.equal(first.masks, second.masks) and torch.equal(before, torch.get_rng_state())
+    assert first.masks.shape == (12 + 10, 90, 120) and first.masks.abs().max() == 10
+    assert Grid(12, 1).propose([photo(300, 400)])[0].masks.shape[1:] == (96, 128)
+    flat = torch.full((3, 40, 40), 77, dtype=torch.uint8)
+    assert Grid(12, 0).propose([flat])[0].masks.isfinite().all() and colour_regions(flat.float(), 12).isfinite().all()
+    with pytest.raises(UsageError, match="levels 9"):
+        Grid(levels=9)

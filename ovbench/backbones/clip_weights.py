@@ -9,6 +9,7 @@ import hashlib
 import logging
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ from ovbench.hashing import sha256_of_file
 OPENAI_MEAN = (122.771, 116.746, 104.094)
 OPENAI_STD = (68.501, 66.632, 70.323)
 DEFAULT_ARCH = "ViT-B-16"
+
+
+@dataclass(frozen=True)
+class LoadedCLIP:
+    """A model with its weights and what :class:`ovbench.backbones.frozen_clip.FrozenCLIP` wants to know of it."""
+
+    clip: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    arch: str
+    weights: str
+    weights_sha256: str
+    activation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 def load_clip(
@@ -51,15 +66,34 @@ def load_clip(
         dense = from_openai_format(
             load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128"
         )
-    elif weights == "random":
-        dense = _random(arch or DEFAULT_ARCH, seed, activation)
-    elif weights.startswith("hf-hub:"):
-        dense = _from_hub(weights)
-    elif _looks_like_path(weights):
-        dense = _from_file(Path(weights).expanduser(), arch, activation)
+        return dense.to(device)
+    if arch is None and _looks_like_path(weights) and not weights.startswith("hf-hub:"):
+        found = _from_openai_file(Path(weights).expanduser(), activation)
     else:
-        dense = _from_tag(arch or DEFAULT_ARCH, weights)
-    return dense.to(device)
+        found = load_any_clip(weights, arch or DEFAULT_ARCH, activation=activation, seed=seed)
+    return DenseCLIP(**vars(found)).to(device)
+
+
+def load_any_clip(weights: str, arch: str, *, activation: Activation = "auto", seed: int = 0) -> LoadedCLIP:
+    """An open_clip model with any image tower, on the CPU.
+
+    Args:
+        weights: As in :func:`load_clip`, without ``builtin``.
+        arch: open_clip architecture; a model of the hub has its own.
+        activation: As in :func:`load_clip`.
+        seed: As in :func:`load_clip`.
+
+    Raises:
+        UsageError: Unknown architecture or tag.
+        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+    """
+    if weights == "random":
+        return _random(arch, seed, activation)
+    if weights.startswith("hf-hub:"):
+        return _from_hub(weights)
+    if _looks_like_path(weights):
+        return _from_file(Path(weights).expanduser(), arch, activation)
+    return _from_tag(arch, weights)
 
 
 def _looks_like_path(weights: str) -> bool:
@@ -106,18 +140,22 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLIP:
+def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:
     state = read_state_dict(path)
     digest = sha256_of_file(path)
-    if arch is None:
-        return from_openai_format(state, str(path), digest, quick=is_quick(path, digest, state, activation, None, None))
+    return _openai_format(state, str(path), digest, None, is_quick(path, digest, state, activation, None, None))
+
+
+def _from_file(path: Path, arch: str, activation: Activation) -> LoadedCLIP:
+    state = read_state_dict(path)
+    digest = sha256_of_file(path)
     arch_quick = bool(_arch_config(arch).get("quick_gelu"))
     tensors = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
     model = _filled(arch, tensors, str(path), quick=arch_quick)  # first: a wrong shape is the plainer error
     quick = is_quick(path, digest, state, activation, arch, arch_quick)
     if quick != arch_quick:
         model = _filled(arch, tensors, str(path), quick=quick)
-    return _wrap(model, arch, str(path), digest, quick)
+    return _described(model, arch, str(path), digest, quick)
 
 
 def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.Module:
@@ -145,6 +183,10 @@ def from_openai_format(
     Raises:
         WeightsError: Tensors are missing, surplus or of another shape.
     """
+    return DenseCLIP(**vars(_openai_format(state, name, digest, arch, quick)))
+
+
+def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | None, quick: bool) -> LoadedCLIP:
     from open_clip.model import CLIP
 
     config = openai_config(state, name)
@@ -152,7 +194,7 @@ def from_openai_format(
     vision = config["vision_cfg"]
     arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
     _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
-    return _wrap(model, arch, name, digest, quick)
+    return _described(model, arch, name, digest, quick)
 
 
 def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -197,17 +239,17 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def _random(arch: str, seed: int, activation: Activation) -> DenseCLIP:
+def _random(arch: str, seed: int, activation: Activation) -> LoadedCLIP:
     config = _arch_config(arch)
     quick = activation == "quickgelu" or (activation == "auto" and bool(config.get("quick_gelu")))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(arch, quick_gelu=quick)
     digest = hashlib.sha256(f"random {arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-    return _wrap(model, arch, "random", digest, quick)
+    return _described(model, arch, "random", digest, quick)
 
 
-def _from_tag(arch: str, tag: str) -> DenseCLIP:
+def _from_tag(arch: str, tag: str) -> LoadedCLIP:
     import open_clip
     from open_clip.pretrained import download_pretrained
 
@@ -228,10 +270,10 @@ def _from_tag(arch: str, tag: str) -> DenseCLIP:
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
     except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
         raise _download_error(f"'{tag}' for {arch}", error) from error
-    return _wrap(model, arch, tag, sha256_of_file(path), quick)
+    return _described(model, arch, tag, sha256_of_file(path), quick)
 
 
-def _from_hub(name: str) -> DenseCLIP:
+def _from_hub(name: str) -> LoadedCLIP:
     import open_clip
     from open_clip.factory import _get_hf_config
     from open_clip.pretrained import download_pretrained_from_hf
@@ -244,7 +286,9 @@ def _from_hub(name: str) -> DenseCLIP:
     except Exception as error:
         raise _download_error(f"'{name}'", error) from error
     tokenizer = open_clip.get_tokenizer(name)
-    return _wrap(model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer)
+    return _described(
+        model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer
+    )
 
 
 def _download_error(what: str, error: Exception) -> WeightsError:
@@ -310,14 +354,14 @@ def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str
         raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
 
 
-def _wrap(
+def _described(
     model: nn.Module,
     arch: str,
     weights: str,
     digest: str,
     quick: bool,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
-) -> DenseCLIP:
+) -> LoadedCLIP:
     import open_clip
 
     if tokenizer is None:
@@ -331,7 +375,7 @@ def _wrap(
     )
     if given != (tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)):
         mean, std = (tuple(255.0 * float(value) for value in part) for part in given)  # type: ignore[assignment]
-    return DenseCLIP(
+    return LoadedCLIP(
         model,
         tokenizer=tokenizer,
         arch=arch,

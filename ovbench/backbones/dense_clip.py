@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovbench.backbones.frozen_clip import FrozenCLIP
 from ovbench.errors import UsageError, WeightsError
 
 PosInterp = Literal["offset", "size", "bilinear"]
@@ -81,47 +82,24 @@ def resize_position_embedding(
     return torch.cat([cls, image.flatten(2)[0].T.to(embedding.dtype)])
 
 
-class DenseCLIP(nn.Module):
+class DenseCLIP(FrozenCLIP):
     """A frozen CLIP with dense access to its vision tower.
 
     Args:
         clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``.
-        tokenizer: Callable list[str] -> (n, context) integer tokens.
-        arch: Name of the architecture, for records.
-        weights: What the user asked for (tag, file name, ``random`` ...), for records.
-        weights_sha256: Content hash of the weights.
-        activation: ``quickgelu`` or ``gelu``, for records.
-        mean: Channel means on RGB 0..255.
-        std: Channel standard deviations on RGB 0..255.
+        about: See :class:`FrozenCLIP`.
 
     Raises:
         WeightsError: The tower is not a plain CLIP ViT (ResNet, timm, attention pooling).
     """
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        *,
-        tokenizer: Callable[[list[str]], Tensor],
-        arch: str,
-        weights: str,
-        weights_sha256: str,
-        activation: str,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> None:
-        super().__init__()
-        _require_plain_vit(clip, arch)
-        self.clip = clip
-        self.tokenizer = tokenizer
-        self.arch, self.weights, self.weights_sha256, self.activation = arch, weights, weights_sha256, activation
+    def __init__(self, clip: nn.Module, **about: Any) -> None:
+        _require_plain_vit(clip, about["arch"])
+        super().__init__(clip, **about)
         self.pos_interp: PosInterp = "offset"
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._watched = range(0)
-        self.requires_grad_(False).eval()
 
     @property
     def visual(self) -> Any:
@@ -180,14 +158,6 @@ class DenseCLIP(nn.Module):
                     if parameter is not None:
                         parameter.data = parameter.data.to(dtype)
         self.visual.proj.data = self.visual.proj.data.to(dtype)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, h, w), RGB 0..255 of any dtype, as float32 with the weights' own mean and deviation."""
-        return (images.float() - self.mean) / self.std  # type: ignore[operator]
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """RGB 0..255, float32, of normalised images (B, 3, h, w)."""
-        return images.float() * self.std + self.mean  # type: ignore[operator]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, 1 + N, C) that enter the first block, and the grid, from normalised images (B, 3, h, w).

@@ -35,7 +35,7 @@ def load_generator(
     Args:
         name: One of :func:`generator_names`.
         weights: Of Mask2Former: None (published), ``random``, a folder, or ``owner/name`` of the hub.
-        seed: Of random weights, and of what a generator draws.
+        seed: Of random weights, and of what noisy-oracle draws.
         device: Torch device.
         cache: Keep proposals on disk: a folder, or True for ``proposals`` in the user's cache; see
             :class:`ovbench.mask_generators.cache.CachedGenerator`.
@@ -65,7 +65,7 @@ def _build(name: str, weights: str | None, seed: int) -> MaskGenerator:
     if name == "grid":
         from ovbench.mask_generators.grid import Grid
 
-        return Grid(seed=seed)
+        return Grid()
     from ovbench.mask_generators.oracle import NoisyOracle, Oracle
 
     return Oracle() if name == "oracle" else NoisyOracle(seed=seed)
