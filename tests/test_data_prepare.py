@@ -285,7 +285,9 @@ def test_both_splits_and_labels_without_image(tmp_path: Path) -> None:
     assert [split.split for split in val_alone.splits] == ["val"] and not (tmp_path / "out2/images/train2017").exists()
 
 
-@pytest.mark.parametrize("name", ["voc21", "voc20", "voc20b", "ade20k"])
+@pytest.mark.parametrize(
+    "name", ["voc21", "voc20", "voc20b", "ade20k", "coco_panoptic", "ade20k_panoptic", "mapillary"]
+)
 def test_nothing_to_convert(name: str, tmp_path: Path) -> None:
     benchmarks_synth = runner.invoke(app, ["synth", name, "--images", "4", "--out", str(tmp_path / "made")])
     assert benchmarks_synth.exit_code == 0
