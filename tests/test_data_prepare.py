@@ -302,8 +302,8 @@ def test_nothing_to_convert(name: str, tmp_path: Path) -> None:
 
 def test_coco_panoptic_from_its_archives(tmp_path: Path) -> None:
     """As they are fetched: images, the json in one archive, the PNGs in another that lies in it."""
-    made = tmp_path / "made"
-    assert runner.invoke(app, ["synth", "coco_panoptic", "--images", "4", "--out", str(made)]).exit_code == 0
+    made = tmp_path / "made" / "coco_panoptic"
+    assert runner.invoke(app, ["synth", "coco_panoptic", "--images", "4", "--out", str(made.parent)]).exit_code == 0
     parts = {
         "val2017": made / "val2017",
         "annotations": made / "annotations",
