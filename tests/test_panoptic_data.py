@@ -268,6 +268,29 @@ def test_a_missing_json_and_semantic_labels_are_found(copies: Path, tmp_path: Pa
     assert "prepare_ade20k_pan_seg" in problem.message
 
 
+def test_ade20k_is_scored_with_the_areas_of_its_json(copies: Path, tmp_path: Path) -> None:
+    from ovbench.benchmarks import readers
+
+    benchmark = benchmarks.get("ade20k_panoptic")
+    shutil.copytree(copies / "ade20k_panoptic", tmp_path / "copy")
+    root = benchmark.resolve_root(tmp_path / "copy")
+
+    def change(content: dict[str, Any]) -> None:
+        entry = min(content["annotations"], key=lambda one: one["file_name"])
+        entry["segments_info"][0]["area"] += 7
+        entry["segments_info"].append({"id": 5, "category_id": 2, "iscrowd": 0, "area": 9})
+
+    _edit(change)(root, benchmark)
+    sample = readers.build(benchmark, root)[0]["data_samples"]
+    counted = torch.bincount(
+        sample.gt_panoptic.ids[sample.gt_panoptic.ids >= 0], minlength=len(sample.gt_panoptic.classes)
+    )
+    difference = sample.gt_panoptic_areas - counted
+    assert difference.tolist() == [7, *[0] * (len(difference) - 2), 9]
+    assert int(sample.gt_panoptic.classes[-1]) == 2
+    assert "gt_panoptic_areas" not in readers.build(benchmarks.get("mapillary"), copies)[0]["data_samples"]
+
+
 def recipe(**fields: Any) -> Any:
     from ovbench.train.recipe import Recipe
 

@@ -130,6 +130,18 @@ def test_void_and_crowd() -> None:
     assert quality(Segments(strips((0, 10)), torch.tensor([1]), no), halved, 2).fp.tolist() == [0, 1]
 
 
+def test_areas_of_the_json_file_count_where_they_are_given() -> None:
+    """As in panopticapi: a segment that something was drawn over is larger than its pixels, or has none at all."""
+    no = torch.zeros(3, dtype=torch.bool)
+    truth = Segments(strips((0, 6), (1, 4)), torch.tensor([0, 1, 2]), no)  # the third was drawn over
+    pred = Segments(strips((0, 6), (1, 4)), torch.tensor([0, 1]), no[:2])
+    plain = quality(pred, truth, 3)
+    assert plain.iou.tolist() == [1, 1, 0] and plain.fn.tolist() == [0, 0, 0]
+    stored = quality(pred, truth, 3, torch.tensor([8, 12, 5]))
+    assert stored.iou.tolist() == [6 / 8, 0, 0]  # 4 of 12 is no match
+    assert (stored.tp.tolist(), stored.fp.tolist(), stored.fn.tolist()) == ([1, 0, 0], [0, 1, 0], [0, 1, 1])
+
+
 def test_same_as_torchmetrics() -> None:
     """Its rule is the same where there is neither crowd nor void in the truth and every prediction has one segment."""
     detection = pytest.importorskip("torchmetrics.detection", reason="torchmetrics is not installed")

@@ -173,7 +173,9 @@ def test_rules_name_methods_options_presets_and_fields_that_there_are():
 def test_every_rule_is_for_some_number():
     rules = json.loads((published.published_dir() / "rules.json").read_text(encoding="utf-8"))
     for rule in rules["rules"]:
-        assert set(rule) <= {"where", "method", "arch", "require", "prefer", "assume", "protocol", "machine"}, rule
+        assert set(rule) <= {
+            "where", "method", "arch", "datasets", "require", "prefer", "assume", "protocol", "machine"
+        }, rule  # fmt: skip
         assert any(published._matches(rule["where"], entry) for entry in published.numbers()), rule
 
 

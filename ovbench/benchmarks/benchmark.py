@@ -237,7 +237,8 @@ class Benchmark:
             steps.append({"type": "Resize", "scale": (long_side, short_side), "keep_ratio": True})
         if self.panoptic is not None:
             steps.append({"type": "mmseg.LoadPanopticAnnotations"})
-            return [*steps, {"type": "mmseg.PackPanopticInputs", "meta_keys": META_KEYS}]
+            stored = not self.panoptic.exact_areas
+            return [*steps, {"type": "mmseg.PackPanopticInputs", "meta_keys": META_KEYS, "stored_areas": stored}]
         if self.wide:  # mmseg's own makes every label uint8
             kinds = {"with_bbox": False, "with_label": False, "with_seg": True, "imdecode_backend": "pillow"}
             steps.append({"type": "mmcv.LoadAnnotations", **kinds})

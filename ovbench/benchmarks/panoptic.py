@@ -138,7 +138,7 @@ def segment_ids(pixels: npt.NDArray[np.generic], source: Path | str) -> Numbers:
 def segment_map(
     pixels: npt.NDArray[np.generic], told: Described, facts: Panoptic, source: Path | str = "label"
 ) -> SegmentMap:
-    """The segments of a decoded label, in the order of the json; segments without a pixel are left out.
+    """The segments of a decoded label, all those of the json in its order, with pixels or without.
 
     Args:
         pixels: Decoded PNG (H, W, 3).
@@ -158,20 +158,17 @@ def segment_map(
     if not (found | (flat == 0)).all():
         wrong = np.unique(flat[~found & (flat != 0)])
         raise DataError(f"The label '{source}' holds the segment ids {id_ranges(wrong)}, which its json does not have.")
-    rank = np.full(ids.size, NO_SEGMENT, np.int64)
+    index = np.full(ids.size, NO_SEGMENT, np.int16)
     if len(known):
-        rank[found] = order[place[found]]
-    present = np.bincount(rank[found], minlength=len(known)) > 0
-    new = np.cumsum(present) - 1
-    class_of = {category: index for index, category in enumerate(facts.category_ids)}
-    strange = [int(one) for one in told.categories[present] if int(one) not in class_of]
+        index[found] = order[place[found]]
+    class_of = {category: number for number, category in enumerate(facts.category_ids)}
+    strange = [int(one) for one in told.categories if int(one) not in class_of]
     if strange:
         raise DataError(
             f"The json of '{source}' has the categories {id_ranges(strange)}, which the benchmark does not."
         )
-    index = np.where(rank >= 0, new[rank] if len(known) else NO_SEGMENT, NO_SEGMENT)
-    classes = np.array([class_of[int(one)] for one in told.categories[present]], np.int64)
-    return SegmentMap(index.reshape(ids.shape).astype(np.int16), classes, told.crowd[present])
+    classes = np.array([class_of[int(one)] for one in told.categories], np.int64)
+    return SegmentMap(index.reshape(ids.shape), classes, told.crowd)
 
 
 def load_segments(path: Path, told: Described | None, facts: Panoptic) -> SegmentMap:

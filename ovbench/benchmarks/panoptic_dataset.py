@@ -70,19 +70,40 @@ class LoadPanopticAnnotations(BaseTransform):  # type: ignore[misc]
         found = segment_map(decode_label(path), Described(*results["segments"]), facts, path)
         results["gt_seg_map"], results[MAP] = found.labels(), found.ids
         results["segment_classes"], results["segment_crowd"] = found.classes, found.crowd
+        results["segment_areas"] = Described(*results["segments"]).areas
         results["seg_fields"] += ["gt_seg_map", MAP]
         return results
 
 
 @TRANSFORMS.register_module()
 class PackPanopticInputs(PackSegInputs):  # type: ignore[misc]
-    """mmseg's packing, with ``gt_panoptic``: the :class:`~ovbench.ops.panoptic.Segments` that are still in the picture."""
+    """mmseg's packing, with ``gt_panoptic``: the :class:`~ovbench.ops.panoptic.Segments` that are still in the picture.
+
+    Args:
+        stored_areas: All segments of the json instead, and their areas in it as ``gt_panoptic_areas``, for evaluation where
+            these are not those of the PNG.
+        **rest: As mmseg's ``PackSegInputs``.
+    """
+
+    def __init__(self, stored_areas: bool = False, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.stored_areas = stored_areas
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """The packed sample."""
         packed: dict[str, Any] = super().transform(results)
         found = SegmentMap(results[MAP], results["segment_classes"], results["segment_crowd"])
-        packed["data_samples"].set_data({"gt_panoptic": in_the_picture(found)})
+        if self.stored_areas:
+            whole = Segments(
+                torch.from_numpy(found.ids.astype(np.int64)),
+                torch.from_numpy(found.classes),
+                torch.from_numpy(found.crowd),
+            )
+            counted = np.bincount(found.ids[found.ids >= 0], minlength=len(found.classes))
+            areas = torch.from_numpy(np.where(results["segment_areas"] < 0, counted, results["segment_areas"]))
+            packed["data_samples"].set_data({"gt_panoptic": whole, "gt_panoptic_areas": areas})
+        else:
+            packed["data_samples"].set_data({"gt_panoptic": in_the_picture(found)})
         return packed
 
 

@@ -120,7 +120,8 @@ class AreaMetric(BaseMetric):  # type: ignore[misc]
         if pred is None or truth is None:
             return None
         try:
-            return quality(pred.to(truth.ids.device), truth, self.benchmark.num_classes)
+            areas = sample.get("gt_panoptic_areas")
+            return quality(pred.to(truth.ids.device), truth, self.benchmark.num_classes, areas)
         except ValueError as error:
             raise RunError(f"The predicted segments of '{name}' cannot be scored: {error}.") from error
 

@@ -63,7 +63,7 @@ def segments_of_labels(labels: Tensor, num_classes: int) -> Segments:
     return Segments(ids, classes, torch.zeros(len(classes), dtype=torch.bool, device=labels.device))
 
 
-def quality(pred: Segments, truth: Segments, num_classes: int) -> Quality:
+def quality(pred: Segments, truth: Segments, num_classes: int, areas: Tensor | None = None) -> Quality:
     """Panoptic quality's parts for one image, on the CPU.
 
     A predicted and a true segment of one class match where their IoU is above 0.5, void pixels of the prediction left
@@ -75,6 +75,9 @@ def quality(pred: Segments, truth: Segments, num_classes: int) -> Quality:
         pred: Predicted segments; ``crowd`` is not looked at.
         truth: True segments.
         num_classes: K.
+        areas: Pixels of each true segment (S,), int64, where they are not those of the map: panopticapi takes them from
+            the json file, where they may have been counted before one segment was drawn over another. A segment with an
+            area exists, with pixels or without.
 
     Raises:
         ValueError: Sizes differ, or ids or classes are out of range.
@@ -89,7 +92,8 @@ def quality(pred: Segments, truth: Segments, num_classes: int) -> Quality:
     table = torch.bincount(pairs, minlength=rows * columns).view(rows, columns).cpu()
 
     pred_classes, classes, crowd = (part.cpu() for part in (pred.classes, truth.classes, truth.crowd))
-    pred_area, area, void = table.sum(dim=0)[1:], table.sum(dim=1)[1:], table[0, 1:]
+    pred_area, void = table.sum(dim=0)[1:], table[0, 1:]
+    area = table.sum(dim=1)[1:] if areas is None else areas.cpu()
     inter = table[1:, 1:]
     same_class = classes[:, None] == pred_classes[None, :]
     union = area[:, None] + pred_area[None, :] - inter - void[None, :]
