@@ -29,9 +29,9 @@ from ovbench.text import embed_words
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from ovbench.backbones.convnext_clip import ConvNeXtCLIP  # type: ignore[import-not-found]
+    from ovbench.backbones.convnext_clip import ConvNextCLIP
 
-    Encoder: TypeAlias = DenseCLIP | ConvNeXtCLIP
+    Encoder: TypeAlias = DenseCLIP | ConvNextCLIP
 
 CLASSIFIERS = ("own", "oracle")
 
@@ -107,7 +107,7 @@ class MaskMethod(Method):
     FROZEN: ClassVar[tuple[str, ...]] = ("generator.",)
 
     def __init__(self, clip: Encoder, config: Any = None, *, seed: int = 0) -> None:
-        super().__init__(clip, config)  # of a ConvNeXt the dense surface is another
+        super().__init__(clip, config)  # type: ignore[arg-type]  # of a ConvNeXt the dense surface is another
         c = self.config
         if c.classifier not in CLASSIFIERS:
             raise unknown_name("classifier", c.classifier, CLASSIFIERS)
@@ -159,14 +159,14 @@ class MaskMethod(Method):
         path = Path(weights).expanduser()
         about = read_about(path) if path.is_file() else None
         if about is None:
-            return cls(load_clip(weights, arch, activation=activation, seed=seed, device=device), config, seed=seed)
+            return cls(load_encoder(weights, arch, activation=activation, seed=seed, device=device), config, seed=seed)
         state, digest = read_state_dict(path), sha256_of_file(path)
         own = {key.removeprefix(_CLIP): value for key, value in state.items() if key.startswith(_CLIP)}
         if "visual.conv1.weight" in own:
             quick = about.method_options.get("clip_activation") != "gelu"
             clip: Any = from_openai_format(own, str(path), digest, arch=about.arch, quick=quick)
         else:
-            clip = load_clip("random", about.arch, activation=activation, seed=seed)
+            clip = load_encoder("random", about.arch, activation=activation, seed=seed)
             clip.clip.load_state_dict(own)
             clip.weights, clip.weights_sha256 = str(path), digest
         method = cls(clip, config, seed=seed)
@@ -304,6 +304,17 @@ class MaskMethod(Method):
     def named(self, *beginnings: str) -> list[str]:
         """Names of the parameters that begin so."""
         return [name for name, _ in self.named_parameters() if name.startswith(beginnings)]
+
+
+def load_encoder(
+    weights: str, arch: str | None, *, activation: Any = "auto", seed: int = 0, device: str = "cpu"
+) -> Encoder:
+    """The CLIP that ``--weights`` and ``--arch`` name: a ConvNeXt where the architecture is one, else a ViT."""
+    if arch is not None and arch.startswith("convnext"):
+        from ovbench.backbones.convnext_clip import load_convnext_clip
+
+        return load_convnext_clip(weights, arch, activation=activation, seed=seed, device=device)
+    return load_clip(weights, arch, activation=activation, seed=seed, device=device)
 
 
 _CLIP = "clip_model."  # begins CLIP's own weights in a trained file
