@@ -18,8 +18,8 @@ from ovbench.mask_generators.regions import SETTINGS, colour_regions
 class Grid(MaskGenerator):
     """The image's regions of one colour pattern, the clearest first, and rectangles.
 
-    Made for generated scenes, where 40 regions reach a mean best IoU of .81 with the true segments (24 of voc21), the 59
-    rectangles .50. Of photographs they follow what differs in colour.
+    Made for generated scenes: the mean best IoU with the true segments of 24 of voc21 is .84, of rectangles alone .50. In
+    photographs regions follow what differs in colour, no more.
 
     Args:
         regions: Number of regions at most; 0: rectangles alone.

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def random_mask2former(name: str, seed: int = 0, config: dict[str, Any] | None =
         config = {"backbone_config": backbone, "num_queries": recipe.queries, "num_labels": CLASSES}
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**config))
+        model = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**deepcopy(config)))
     digest = sha256_of(
         {"random": config, "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__}
     )
