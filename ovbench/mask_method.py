@@ -17,6 +17,7 @@ from ovbench.backbones.clip_weights import from_openai_format, load_clip, read_s
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
+from ovbench.mask_generators.cache import CachedGenerator, proposals_dir
 from ovbench.mask_generators.generator import MaskGenerator
 from ovbench.mask_generators.load import MASK2FORMERS, generator_names, load_generator
 from ovbench.method import Method
@@ -203,6 +204,10 @@ class MaskMethod(Method):
         }
         extra = {f"generator.{key}": value for key, value in self.generator.state_dict().items()}
         return {**inner, **own, **(extra if self.trains_generator else {})}
+
+    def cache_proposals(self, limit: int) -> None:
+        """Keep the generator's proposals in the user's cache from now on, in at most ``limit`` bytes."""
+        self.generator = CachedGenerator(self.generator, proposals_dir(), limit)
 
     def options(self) -> dict[str, Any]:
         """Switches in force, and what generator and CLIP are."""

@@ -47,6 +47,7 @@ def run(
     mode: Annotated[str | None, typer.Option(help="slide or whole.", rich_help_panel=PROTOCOL)] = None,
     crop: Annotated[int | None, typer.Option(help="Window side in pixels.", rich_help_panel=PROTOCOL)] = None,
     stride: Annotated[int | None, typer.Option(help="Window step in pixels.", rich_help_panel=PROTOCOL)] = None,
+    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees of an image beside a mask generator; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.", rich_help_panel=PROTOCOL)] = None,
     prob_thd: Annotated[float | None, typer.Option(help="Below this probability: background.", rich_help_panel=PROTOCOL)] = None,
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share of the foreground are dropped.", rich_help_panel=PROTOCOL)] = None,
@@ -71,6 +72,7 @@ def run(
     results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
     save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the overlay gallery; 0 = none.", rich_help_panel=WORK)] = 4,
+    cache_masks: Annotated[float, typer.Option(metavar="GIB", min=0, help="Mask-based methods: keep the generator's proposals on disk, in at most so many GiB; 0 = off. Changes no number.", rich_help_panel=WORK)] = 0.0,
     track: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Send the record on to tensorboard, mlflow or wandb; may be repeated.", rich_help_panel=WORK)] = None,
     dump_config: Annotated[Path | None, typer.Option(help="Write the run as a plain mmengine config to this file and stop.", rich_help_panel=WORK)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the record, alone on stdout.", rich_help_panel=WORK)] = False,
@@ -97,7 +99,7 @@ def run(
         )
     overrides = {
         "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
-        "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
+        "square": square, "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
         "upsample": upsample, "pamr": pamr, "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
         "scales": parse_scales(scales), "flip": flip,
     }  # fmt: skip
@@ -134,7 +136,7 @@ def run(
 
     how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
-        "save_predictions": save_predictions, "gallery": gallery, "check": check, "on_message": say,
+        "save_predictions": save_predictions, "gallery": gallery, "check": check, "cache_masks": cache_masks, "on_message": say,
         "command": shlex.join(["ovbench", *sys.argv[1:]]),
     }  # fmt: skip
     if dump_config is not None:

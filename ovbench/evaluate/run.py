@@ -40,6 +40,7 @@ class RunOptions:
         save_predictions: Write a palette PNG per image.
         gallery: Images in the overlay gallery, 0 for none.
         check: Look at the first label files before anything else.
+        cache_masks: Keep the proposals of a mask generator on disk, in a folder of at most so many GiB; 0 = off.
         command: Command line for the record.
         on_images: Progress callback (finished, total).
         on_message: Receives notices for the user.
@@ -53,6 +54,7 @@ class RunOptions:
     save_predictions: bool = False
     gallery: int = 4
     check: bool = True
+    cache_masks: float = 0.0
     command: str | None = None
     on_images: Callable[[int, int], None] = lambda done, total: None
     on_message: Callable[[str], None] = lambda text: None
@@ -200,6 +202,8 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     query_words = [word for entry in words for word in entry]
     prompts_hash = prompts(spec.protocol.templates).sha256(query_words)
     method = cls.load(spec.weights, spec.arch, config, activation=spec.activation, seed=spec.seed, device=spec.device)
+    if state.options.cache_masks > 0:
+        method.cache_proposals(int(state.options.cache_masks * 2**30))
     clip = method.clip
     protocol = spec.protocol.model_copy(
         update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": prompts_hash}
