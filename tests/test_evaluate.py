@@ -111,7 +111,7 @@ def test_whole_non_square_images(weights: str, voc: Path, tmp_path: Path) -> Non
     assert len(sides) == 2 and min(sides) == 112  # 100 padded to whole patches, 133 to 144
 
 
-@pytest.mark.parametrize("dataset", ["ade20k", "coco_object"])
+@pytest.mark.parametrize("dataset", ["ade20k", "coco_object", "mapillary"])
 def test_dumped_config_in_plain_mmseg(
     dataset: str, weights: str, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

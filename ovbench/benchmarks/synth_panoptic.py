@@ -16,7 +16,7 @@ from ovbench.benchmarks.labels import Ids
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
 
-CROWD_SHARE = 0.1  # of the things that are one connected region
+CROWD_SHARE = 0.1  # of the instances of things; one of a class in an image at most
 SMALLEST = 16  # pixels of an instance; smaller splinters of a thing belong to its largest part
 
 
@@ -40,7 +40,7 @@ def segments(
     taken: set[int] = {0}
     for cls in np.unique(labels[labels != benchmark.ignore_index]).tolist():
         whole = labels == cls
-        thing = cls in facts.things
+        thing, crowds = cls in facts.things, 0
         for mask in _instances(whole, rng) if thing else [whole]:
             number = 0
             while number in taken:
@@ -49,11 +49,13 @@ def segments(
             pixels[mask] = (number & 255, number >> 8 & 255, number >> 16)
             rows, columns = np.nonzero(mask)
             box = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+            crowd = int(thing and not crowds and rng.random() < CROWD_SHARE)
+            crowds += crowd
             told.append(
                 {
                     "id": number,
                     "category_id": facts.category_ids[cls],
-                    "iscrowd": int(thing and rng.random() < CROWD_SHARE),
+                    "iscrowd": crowd,
                     "bbox": box,
                     "area": len(rows),
                 }

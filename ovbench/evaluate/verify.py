@@ -92,14 +92,14 @@ class Verification:
         differing: Images whose areas differ, most pixels first; empty where ``per_image`` is False.
         label_differs: Images whose label files differ.
         miou: Percent over the compared images, unrounded.
-        pq: Panoptic quality in percent; None on a side that has none, or where not all recorded images were repeated.
-        panoptic_equal: Whether counts and sums of IoU of every class are the recorded ones, where ``pq`` has both.
         classes: IoU in percent of each class that differs.
         spec: Fields of the spec that differ, except the number of images.
         data: Fingerprints, where they differ.
         environment: Fields of machine and numerics that differ.
         packages: Versions that differ.
         code: Commit of ovbench and whether it had changes, where they differ.
+        pq: Panoptic quality in percent; None on a side that has none, or where not all recorded images were repeated.
+        panoptic_equal: Whether counts and sums of IoU of every class are the recorded ones, where ``pq`` has both.
     """
 
     run_id: str
@@ -111,14 +111,14 @@ class Verification:
     differing: tuple[ImageDifference, ...]
     label_differs: tuple[str, ...]
     miou: tuple[float | None, float | None]
-    pq: tuple[float | None, float | None]
-    panoptic_equal: bool
     classes: Pairs
     spec: Pairs
     data: Pairs
     environment: Pairs
     packages: Pairs
     code: Pairs
+    pq: tuple[float | None, float | None] = (None, None)
+    panoptic_equal: bool = True
 
     @property
     def equal(self) -> bool:

@@ -69,7 +69,7 @@ def quality(pred: Segments, truth: Segments, num_classes: int, areas: Tensor | N
     A predicted and a true segment of one class match where their IoU is above 0.5, void pixels of the prediction left
     out of the union; so no segment can match two. A crowd matches nothing and is never missed. A predicted segment
     without match does not count if more than half of it lies in void or in crowds of its class. Segments without a
-    pixel do not exist. (panopticapi looks at one crowd per class; COCO has no image with more.)
+    pixel do not exist. (Of several crowds of one class in an image panopticapi looks at the last alone, this at all.)
 
     Args:
         pred: Predicted segments; ``crowd`` is not looked at.
