@@ -228,6 +228,10 @@ class MaskMethod(Method):
         """Raises ``UsageError``: there are logits of masks, not of patches."""
         raise UsageError("A mask-based method has no logits of patches: solvers and dense bases need another method.")
 
+    def features(self, images: Tensor) -> Tensor:
+        """Raises ``UsageError``: what is compared with the words are masks."""
+        raise UsageError("A mask-based method has no dense features: choose another method, e.g. maskclip.")
+
     def set_training_classes(self, words: Sequence[str], prompts: Prompts) -> None:
         """The vocabulary that :meth:`losses` is taken on."""
         text = embed_words(self.clip, list(words), prompts).clone()  # made in inference mode, which gradients refuse

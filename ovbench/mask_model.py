@@ -38,6 +38,14 @@ class ImageMasks:
     masks: Tensor
     probabilities: Tensor
 
+    def at(self, size: tuple[int, int]) -> Tensor:
+        """Sums (K, H, W), float32, over masks of class probability times mask probability."""
+        if not len(self.masks):
+            return self.probabilities.new_zeros(self.probabilities.shape[1], *size)
+        inside = resized(self.masks, size).sigmoid()
+        sums: Tensor = (self.probabilities.T @ inside.flatten(1)).unflatten(1, size)
+        return sums
+
 
 class MaskModel(OpenVocabModel):
     """A mask-based method, a vocabulary and a protocol.
@@ -243,7 +251,7 @@ class MaskModel(OpenVocabModel):
             return [self._output(one, size) for one, size in zip(found, sizes, strict=True)]
 
     def _output(self, found: ImageMasks, size: tuple[int, int]) -> tuple[Tensor, Segments | None]:
-        labels = semantic_labels(found.probabilities, found.masks, size)
+        labels = self.decide(found, size)
         if self.things is None:
             return labels, None
         c = self.method.config
@@ -272,11 +280,16 @@ class MaskModel(OpenVocabModel):
             size: Output size (H, W); None keeps (h, w).
         """
         size = size or (images.shape[-2], images.shape[-1])
-        scores = []
-        for one in self.classified(list(images)):
-            inside = resized(one.masks, size).sigmoid() if len(one.masks) else one.masks.new_zeros(0, *size)
-            scores.append((one.probabilities.T @ inside.flatten(1)).unflatten(1, size))
-        return torch.stack(scores)
+        return torch.stack([found.at(size) for found in self.classified(list(images))])
+
+    def patch_logits(self, images: Sequence[Tensor], names: Sequence[str] | None = None) -> list[ImageMasks]:  # type: ignore[override]
+        """As :meth:`classified`, where there is no truth."""
+        return self.classified(images, names)
+
+    @torch.inference_mode()
+    def decide(self, logits: ImageMasks, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """Label map (H, W), int64, of one image."""
+        return semantic_labels(logits.probabilities, logits.masks, size)
 
 
 def oracle_classes(masks: Tensor, truth: Segments, classes: int) -> Tensor:

@@ -110,7 +110,8 @@ def test_rows_of_the_thesis_name_our_methods():
 
 
 def test_an_ablation_without_a_rule_fits_nothing():
-    assert "not stated" in _wanted("fisa", "3a", "+ SEVE", "PQ").unknown
+    seve = _wanted("fisa", "3a", "+ SEVE", "PQ")
+    assert seve.require["method_options.training_overrides"] == ["iters=10000", "policy=seve"] and not seve.unknown
     assert "not stated" in _wanted("thesis-lsmseg", "5.9", "GPT-4").unknown
     assert _wanted("direct-seg", "versatility", "SC-CLIP w/ O.P.").require == {"method_options.base": "sc-clip"}
 
