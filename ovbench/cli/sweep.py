@@ -65,15 +65,19 @@ def sweep(
 
     grids = _grids(file, methods, datasets, data_root, demo, settings or [], vary or [])
     root = results.expanduser().absolute()
-    with terminable(), _executor(executor, devices, jobs, ray_address, retries, slurm or []) as place:
+    folder = logs.expanduser().absolute() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    # Ray tells of workers on stdout, which is for data.
+    with (
+        terminable(),
+        contextlib.redirect_stdout(sys.stderr),
+        _executor(executor, devices, jobs, ray_address, retries, slurm or []) as place,
+    ):
         with _counting("looking for records") as on_job:
             planned = plan(grids, spec_of, results=root, device=place.device, again=again, on_job=on_job)
-        if dry_run:
-            print_json([asdict(job) for job in planned]) if json else _show(planned, {})
-            return
-        folder = logs.expanduser().absolute() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-        outcomes, stopped = _run(planned, place, folder)
+        outcomes, stopped = ({}, False) if dry_run else _run(planned, place, folder)
     (print_json(_report(planned, outcomes)) if json else _show(planned, outcomes, folder))
+    if dry_run:
+        return
     failed = [
         job for job in planned if job.problem or (job.index in outcomes and outcomes[job.index].state == "failed")
     ]
@@ -156,7 +160,7 @@ def _executor(
 
 def _run(planned: Sequence[Job], place: Any, folder: Path) -> tuple[Outcomes, bool]:
     """Outcomes of the jobs that had to run, and whether they were interrupted."""
-    from ovbench.sweep.job import Work
+    from ovbench.sweep.job import PROGRAM, Work
 
     outcomes: Outcomes = {}
     todo = [job for job in planned if job.recorded is None and job.problem is None]
@@ -165,7 +169,7 @@ def _run(planned: Sequence[Job], place: Any, folder: Path) -> tuple[Outcomes, bo
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, planned, outcomes)
     say(f"{len(todo)} of {len(planned)} runs to do; logs in {folder}")
-    running = place.run(todo, Work(folder, Path.cwd()))
+    running = place.run(todo, Work(folder, Path.cwd(), PROGRAM))
     try:
         for job, outcome in running:
             outcomes[job.index] = outcome

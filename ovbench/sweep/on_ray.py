@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +49,14 @@ class OnRay:
             UsageError: Ray is not installed.
             RunError: No cluster there, or it does not start.
         """
-        ray = _ray()
-        # Nothing is reported to anyone, and a cluster of our own can be reached from this machine only.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anyone
+        # A job without a GPU of Ray's keeps what the user says of GPUs.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if self.address is None:
+            # Read when Ray is imported: without it Ray takes the machine's own address even where loopback is asked for.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would keep one in the home folder
+        ray = _ray()
         options: dict[str, Any] = {"address": self.address}
         if self.address is None:
             options = {
