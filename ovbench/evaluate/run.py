@@ -23,6 +23,7 @@ from ovbench.results import store
 from ovbench.spec import RunSpec, validated
 
 RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # of a GPU; of the machine
 DEMO_IMAGES = 24
 DEMO_SEED = 20261121
 
@@ -140,10 +141,15 @@ def clear_error(error: Exception) -> OvbenchError:
             if last is not None:
                 error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
         return error
-    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+    if type(error).__name__ == "OutOfMemoryError" or any(said in text.lower() for said in _NO_MEMORY):
         return RunError(
             f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; "
             "finished images are kept, continue with --resume."
+        )
+    if "torchvision::" in text:
+        return RunError(
+            f"torch and torchvision do not belong together ({text.splitlines()[0]}). Install both from the same place: "
+            "pip install --force-reinstall torch torchvision."
         )
     if "DataLoader worker" in text:
         return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
