@@ -102,6 +102,20 @@ def test_what_is_interrupted_ends_by_itself(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.ended"))) == 2  # ended as asked, not killed; the third was never started
 
 
+def interrupt_when_started(executor: Any, folder: Path) -> None:
+    """Closes an executor's iterator while its first job runs, which must then end by itself."""
+    folder.mkdir()
+    jobs = [
+        Job(0, "m0", "d", "", (str(folder), "m0", "ok", "0")),
+        Job(1, "m1", "d", "", (str(folder), "m1", "ok", "90")),
+    ]
+    running = executor.run(jobs, work_in(folder))
+    next(running)
+    ((name, _),) = wait_for(lambda: marks(folder, "m1")).items()
+    running.close()
+    wait_for(lambda: (folder / f"{name}.ended").exists())
+
+
 def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ovbench.sweep.job import Work, run_job; "
@@ -156,6 +170,7 @@ def test_a_ray_sweep_completes_when_a_worker_is_killed(tmp_path: Path, short_fol
         killer.join()
         assert executor.device == "cpu"
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        interrupt_when_started(executor, tmp_path / "again")
     assert [found[index].state for index in range(4)] == ["done", "done", "failed", "done"]
     assert [found[index].tries for index in range(4)] == [1, 2, 1, 1]
     assert len(marks(tmp_path, "m1")) == 2
@@ -204,6 +219,7 @@ def test_submitit_runs_jobs_and_reports_failures(tmp_path: Path) -> None:
     found = {job.index: o for job, o in executor.run(jobs_of(tmp_path, "ok", "fail"), work_in(tmp_path))}
     assert [found[index].state for index in range(2)] == ["done", "failed"]
     assert found[0].miou == 12.5 and found[1].message == "no such thing."
+    interrupt_when_started(executor, tmp_path / "again")
 
 
 @needs_submitit
