@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -58,14 +58,12 @@ class Work:
         folder: Where their logs go; every machine of a cluster must see it, as it must the data and the records.
         cwd: Folder that the jobs start in, which relative paths among their options mean.
         program: What is started with a job's arguments.
-        environment: Variables over those of the process that starts it.
         grace_s: Seconds that an interrupted job has to end by itself.
     """
 
     folder: Path
     cwd: Path
     program: Sequence[str] = PROGRAM
-    environment: Mapping[str, str] = field(default_factory=dict)
     grace_s: float = GRACE_S
 
 
@@ -94,7 +92,7 @@ class Process:
             stdout=out,
             stderr=log,
             cwd=work.cwd,
-            env={**os.environ, **work.environment, **(environment or {})},
+            env={**os.environ, **(environment or {})},
             start_new_session=True,  # Ctrl-C reaches this process, which then ends the children in order
         )
         self.interrupted = False
