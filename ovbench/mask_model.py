@@ -153,7 +153,7 @@ class MaskModel(OpenVocabModel):
         with self.stage("generator"):
             ids = [None if own is None else own.ids.to(self.device) for own in known]
             proposals = self.method.generator.propose(moved, ids)
-        with self.stage(self.network_stage), self._precision():
+        with self.stage(self.network_stage), self.precision():
             found = self._classify(moved, proposals, names)
         with self.stage("decide"):
             return [self._judged(*one, own, truth) for one, own, truth in zip(found, proposals, known, strict=True)]

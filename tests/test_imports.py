@@ -27,7 +27,7 @@ LAYERS = (
     ("segmentor",),
     ("profile.report", "profile.subject", "profile.measure", "profile.job", "profile.launch"),
     ("evaluate",),
-    ("train",),
+    ("train", "sweep"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -163,6 +163,7 @@ QUICK = [
     ("run", "--help"),
     ("predict", "--help"),
     ("train", "--help"),
+    ("sweep", "--help"),
     ("list",),
     ("table",),
     ("compare", "--help"),

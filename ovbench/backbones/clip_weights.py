@@ -191,10 +191,15 @@ def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | No
 
     config = openai_config(state, name)
     model = CLIP(**config, quick_gelu=quick)
-    vision = config["vision_cfg"]
-    arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+    arch = arch or openai_format_arch(state, name)
     _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
     return _described(model, arch, name, digest, quick)
+
+
+def openai_format_arch(state: Mapping[str, Any], name: str) -> str:
+    """What records call the architecture of a state dict in OpenAI's format; raises as :func:`openai_config`."""
+    vision = openai_config(state, name)["vision_cfg"]
+    return f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
 
 
 def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:

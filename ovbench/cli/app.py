@@ -22,6 +22,7 @@ from ovbench.cli.prompts import app as prompts_app
 from ovbench.cli.report import report
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
+from ovbench.cli.sweep import sweep
 from ovbench.cli.table import table
 from ovbench.cli.train import train
 from ovbench.cli.verify import verify
@@ -72,6 +73,7 @@ def ovbench(
 
 app.command("run")(run)
 app.command("predict")(predict)
+app.command("sweep")(sweep)
 app.command("train")(train)
 app.command("list")(list_names)
 app.command("table")(table)

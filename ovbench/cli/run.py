@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ovbench.results.panoptic import PanopticMetrics
     from ovbench.results.record import RunRecord
+    from ovbench.spec import RunSpec
 
 SOLVER = "discrepancy-"  # method ids of the solvers begin so
 WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recorded)", "How to work"
@@ -68,6 +69,7 @@ def run(
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images; marks the run partial.", rich_help_panel=WORK)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the same spec and data.", rich_help_panel=WORK)] = False,
+    skip_recorded: Annotated[bool, typer.Option("--skip-recorded", help="Print the record instead where the results hold a whole one of the same spec and data.", rich_help_panel=WORK)] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Look at the first labels before the run.", rich_help_panel=WORK)] = True,
     results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
     save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
@@ -87,47 +89,7 @@ def run(
     ovbench run -m sc-clip -d voc20 --data-root ~/data --weights ViT-B-16.safetensors --resume
     ovbench run --solver op --base sc-clip --attention dinov2-b14 -d voc20 --data-root ~/data
     """
-    method, options = choose(method, solver, base, attention, attention_weights, parse_options(option or []))
-    if weights and pretrained:
-        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
-    source = weights or pretrained or ("builtin" if demo else "openai")
-    if demo and source not in {"builtin", "random"}:
-        raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
-    if demo and data_root is not None:
-        raise UsageError(
-            "--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin."
-        )
-    overrides = {
-        "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
-        "square": square, "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
-        "upsample": upsample, "pamr": pamr, "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
-        "scales": parse_scales(scales), "flip": flip,
-    }  # fmt: skip
-    from ovbench import benchmarks
-    from ovbench import spec as specs
-    from ovbench.registry import method_info
-
-    method_info(method)
-    benchmarks.get(dataset)
-    spec: specs.RunSpec = specs.validated(
-        specs.RunSpec,
-        {
-            "method": method,
-            "method_options": options,
-            "dataset": dataset,
-            "protocol": specs.protocol(protocol, dataset, method=method, **overrides),
-            "arch": arch,
-            "weights": source,
-            "activation": activation,
-            "dtype": dtype,
-            "device": device or default_device(),
-            "window_batch": parse_window_batch(window_batch),
-            "compile_mode": compile_mode,
-            "limit": limit,
-            "seed": seed,
-            "demo": demo,
-        },
-    )
+    spec = _spec(locals())
     from ovbench.evaluate import RunOptions
     from ovbench.evaluate import run as evaluate
     from ovbench.evaluate import track as trackers
@@ -136,15 +98,15 @@ def run(
 
     how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
-        "save_predictions": save_predictions, "gallery": gallery, "check": check, "cache_masks": cache_masks, "on_message": say,
-        "command": shlex.join(["ovbench", *sys.argv[1:]]),
+        "skip_recorded": skip_recorded, "save_predictions": save_predictions, "gallery": gallery, "check": check,
+        "cache_masks": cache_masks, "on_message": say, "command": shlex.join(["ovbench", *sys.argv[1:]]),
     }  # fmt: skip
     if dump_config is not None:
         from ovbench.evaluate.config import dump_config as dump
 
         print_text(str(dump(spec, RunOptions(**how), dump_config)))
         return
-    with _terminable(), progress("images") as on_images:
+    with terminable(), progress("images") as on_images:
         record = evaluate(spec, **how, on_images=on_images)
     for name in chosen:
         where = trackers.send(record, name, results)
@@ -154,6 +116,64 @@ def run(
         print_text(record.to_json())
     else:
         show(record, results)
+
+
+def spec_of(arguments: Sequence[str]) -> RunSpec:
+    """What ``ovbench run ARGUMENTS`` would run, without running it.
+
+    Raises:
+        UsageError: As ``ovbench run`` would.
+    """
+    app = typer.Typer()
+    app.command("run")(run)
+    try:
+        context = typer.main.get_command(app).make_context("run", list(arguments))
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # typer's copy of click has no public names for its errors
+        if not callable(message):
+            raise
+        raise UsageError(" ".join(str(message()).split())) from None
+    return _spec(context.params)
+
+
+def _spec(given: Mapping[str, Any]) -> RunSpec:
+    """The spec that the options of :func:`run` ask for."""
+    method, options = choose(
+        given["method"], given["solver"], given["base"], given["attention"], given["attention_weights"],
+        parse_options(given["option"] or []),
+    )  # fmt: skip
+    weights, pretrained, demo, dataset = (given[name] for name in ("weights", "pretrained", "demo", "dataset"))
+    if weights and pretrained:
+        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
+    source = weights or pretrained or ("builtin" if demo else "openai")
+    if demo and source not in {"builtin", "random"}:
+        raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
+    if demo and given["data_root"] is not None:
+        raise UsageError(
+            "--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin."
+        )
+    from ovbench import benchmarks
+    from ovbench import spec as specs
+    from ovbench.registry import method_info
+
+    method_info(method)
+    benchmarks.get(dataset)
+    overrides = {name: given[name] for name in specs.Protocol.model_fields if name in given}
+    overrides["scales"] = parse_scales(given["scales"])
+    found: RunSpec = specs.validated(
+        specs.RunSpec,
+        {
+            "method": method,
+            "method_options": options,
+            "dataset": dataset,
+            "protocol": specs.protocol(given["protocol"], dataset, method=method, **overrides),
+            "weights": source,
+            "device": given["device"] or default_device(),
+            "window_batch": parse_window_batch(given["window_batch"]),
+            **{name: given[name] for name in ("arch", "activation", "dtype", "compile_mode", "limit", "seed", "demo")},
+        },
+    )
+    return found
 
 
 def choose(
@@ -199,8 +219,8 @@ def choose(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a scheduler that wants the machine back) ends a run as Ctrl-C does: recorded, and resumable."""
+def terminable() -> Iterator[None]:
+    """SIGTERM (a scheduler that wants the machine back) is as Ctrl-C: what is done is recorded, and resumable."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -23,6 +23,8 @@ from ovbench.results import store
 from ovbench.results.panoptic import panoptic_from_sums
 from ovbench.spec import RunSpec, validated
 
+RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # of a GPU; of the machine
 DEMO_IMAGES = 24
 DEMO_SEED = 20261121
 
@@ -37,6 +39,7 @@ class RunOptions:
         batch: Images per step; None takes 1 on a CPU and 8 on a GPU, where small batches leave it idle.
         workers: Processes that read and resize images; None chooses.
         resume: Continue the newest unfinished run of the same spec and data.
+        skip_recorded: Return the newest whole record of the same spec and data where there is one.
         save_predictions: Write a palette PNG per image.
         gallery: Images in the overlay gallery, 0 for none.
         check: Look at the first label files before anything else.
@@ -51,6 +54,7 @@ class RunOptions:
     batch: int | None = None
     workers: int | None = None
     resume: bool = False
+    skip_recorded: bool = False
     save_predictions: bool = False
     gallery: int = 4
     check: bool = True
@@ -75,6 +79,7 @@ class _State:
     shard: Any = None
     partial_reason: str | None = None
     benchmark: Any = None
+    recorded: records.RunRecord | None = None
 
 
 def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
@@ -85,7 +90,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         **options: Fields of :class:`RunOptions` (``data_root=``, ``results=``, ``batch=``, ``resume=`` ...).
 
     Returns:
-        The record as stored.
+        The record as stored, with ``skip_recorded`` perhaps by an earlier run.
 
     Raises:
         UsageError, DataError, WeightsError: Nothing was computed and no record written.
@@ -122,6 +127,8 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
     finally:
         if state.shard is not None:
             state.shard.close()
+    if state.recorded is not None:
+        return state.recorded
     return _store(state, "ok", state.partial_reason)[0]
 
 
@@ -137,10 +144,15 @@ def clear_error(error: Exception) -> OvbenchError:
             if last is not None:
                 error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
         return error
-    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+    if type(error).__name__ == "OutOfMemoryError" or any(said in text.lower() for said in _NO_MEMORY):
         return RunError(
             f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; "
             "finished images are kept, continue with --resume."
+        )
+    if "torchvision::" in text:
+        return RunError(
+            f"torch and torchvision do not belong together ({text.splitlines()[0]}). Install both from the same place: "
+            "pip install --force-reinstall torch torchvision."
         )
     if "DataLoader worker" in text:
         return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
@@ -171,6 +183,11 @@ def _evaluate(state: _State) -> None:
     demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
     common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
     state.spec = spec.model_copy(update={**common, **known})
+    if options.skip_recorded:
+        state.recorded = store.find_whole(state.spec, state.fingerprint, options.results)
+        if state.recorded is not None:
+            options.on_message(f"{RECORDED}{store.record_path(state.recorded, options.results)}")
+            return
     options.on_message(
         f"{state.spec.method} on {spec.dataset}: {state.spec.arch}, {spec.weights}, {spec.protocol.name} protocol"
     )

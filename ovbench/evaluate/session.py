@@ -229,13 +229,14 @@ def _count(model: SegmentationModel, dataset: Any) -> tuple[flops.Flops, str]:
         height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]
     batch = model.network_input(torch.zeros(1, 3, height, width))
     masks = ""
-    if isinstance(model, ClosedSetModel):
-        counted = flops.count(lambda: model.network(batch))
-    elif getattr(model, "gives_segments", False):
-        counted = flops.count(lambda: model.run_network(batch))
-        masks = f" with {model.method.config.masks} masks, the generator left out"
-    else:
-        counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
+    with model.precision():
+        if isinstance(model, ClosedSetModel):
+            counted = flops.count(lambda: model.network(batch))
+        elif getattr(model, "gives_segments", False):
+            counted = flops.count(lambda: model.run_network(batch))
+            masks = f" with {model.method.config.masks} masks, the generator left out"
+        else:
+            counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
     shape = "x".join(str(side) for side in batch.shape)
     views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
     return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}"

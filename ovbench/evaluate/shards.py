@@ -5,9 +5,11 @@ The first line says which run it belongs to. Areas are stored for the classes th
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from ovbench.ops.panoptic import Quality
 
 SUFFIX = ".areas.jsonl"
 VERSION = 1
+PATIENCE_S = 30.0  # a run that was killed may take as long to let go of its file
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ImageResult:
 
 
 class Shard:
-    """Reads and appends the results of one run.
+    """Reads and appends the results of one run; the file is this process' alone until :meth:`close`.
 
     Args:
         path: The file; created with its header unless it exists.
@@ -52,7 +55,7 @@ class Shard:
         num_classes: K.
 
     Raises:
-        RunError: The file cannot be written.
+        RunError: The file cannot be written, or another process writes it.
         DataError: An existing file belongs to another run.
     """
 
@@ -62,14 +65,34 @@ class Shard:
         self.done: dict[int, ImageResult] = {}
         try:
             if path.exists():
-                self._load(header)
                 self._file = path.open("a", encoding="utf-8")
+                self._hold()
+                self._load(header)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("x", encoding="utf-8")
+                self._hold()
                 self._line({"version": VERSION, **header})
         except OSError as error:
             raise _cannot_write(path, error) from error
+
+    def _hold(self) -> None:
+        """Locks the file; the system unlocks it when the process ends, however it ends."""
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    self._file.close()
+                    raise RunError(
+                        f"Another process evaluates the run of '{self.path}': wait for its end, or start a new run "
+                        "without --resume."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system that has no locks
+                return
 
     def _load(self, header: dict[str, Any]) -> None:
         content = self.path.read_bytes()
