@@ -28,6 +28,10 @@ dataset = dict(
     ignore_index=65535,
 )
 
+downloads = dict(
+    val=["ADE20K_2021_17_01.zip"],
+)
+
 synth = dict(
     home="ADE20K_2021_17_01",
     stems=["ADE_val_{i:08d}"],

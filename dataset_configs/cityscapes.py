@@ -25,6 +25,10 @@ dataset = dict(
     ignore_index=255,
 )
 
+downloads = dict(
+    val=["leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"],
+)
+
 synth = dict(
     home="",
     stems=[

@@ -29,6 +29,10 @@ dataset = dict(
     ignore_index=255,
 )
 
+downloads = dict(
+    val=["val2017.zip", "stuffthingmaps_trainval2017.zip"],
+)
+
 synth = dict(
     home="",
     stems=["{i:012d}"],

@@ -34,6 +34,11 @@ train = dict(
     stems=["{i:012d}"],
 )
 
+downloads = dict(
+    val=["val2017.zip", "stuffthingmaps_trainval2017.zip"],
+    train=["train2017.zip", "stuffthingmaps_trainval2017.zip"],
+)
+
 synth = dict(
     home="",
     stems=["{i:012d}"],

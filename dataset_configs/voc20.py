@@ -29,6 +29,10 @@ dataset = dict(
     ignore_index=255,
 )
 
+downloads = dict(
+    val=["VOCtrainval_11-May-2012.tar"],
+)
+
 synth = dict(
     home="VOCdevkit/VOC2012",
     stems=["2007_{i:06d}", "2008_{i:06d}"],

@@ -32,6 +32,10 @@ dataset = dict(
     raw_ids=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 0],
 )
 
+downloads = dict(
+    val=["VOCtrainval_11-May-2012.tar"],
+)
+
 synth = dict(
     home="VOCdevkit/VOC2012",
     stems=["2007_{i:06d}", "2008_{i:06d}"],

@@ -91,6 +91,7 @@ class Benchmark:
         raw_gaps: Values that an unconverted label file never has (COCO-Stuff), else empty.
         layout: Folders and file names.
         synth_rules: Look of the generated copy.
+        downloads: Files that each split is prepared from, see ``facts``; nothing where that is not known.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Benchmark:
     group: str = "own"
     ignore_index: int = IGNORE_INDEX
     raw_ids: tuple[int, ...] = ()
+    downloads: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, hash=False)
 
     def for_split(self, split: str) -> Benchmark:
         """The same benchmark looked at in another of its splits: "val" or "train".

@@ -93,7 +93,7 @@ def _is_one_of(*allowed: object) -> Callable[[object], bool]:
 
 
 # Sections that a config may leave out.
-_OPTIONAL = ("train",)
+_OPTIONAL = ("train", "downloads")
 # section -> key -> (required, test)
 _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     "benchmark": {
@@ -128,6 +128,11 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "img_suffix": (False, _is_name),
         "seg_map_suffix": (False, _is_name),
         "stems": (True, _is_strings),
+    },
+    # Names of files of ``dataset_configs/downloads``.
+    "downloads": {
+        "val": (True, _is_strings),
+        "train": (False, _is_strings),
     },
     "synth": {
         "home": (True, _is_text),

@@ -44,6 +44,7 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "synth_rules": SynthRules(**rules),
         "dataset_type": dataset["type"],
         "word_lists": lists["wordings"],
+        "downloads": {split: tuple(files) for split, files in values.get("downloads", {}).items()},
     }
 
 
