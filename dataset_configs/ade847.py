@@ -16,6 +16,7 @@ benchmark = dict(
     "datasets/prepare_ade20k_full_sem_seg.py: 16-bit .tif, 0..846 = classes, 65535 = every other object and unlabelled",
     zero_in_most=False,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(

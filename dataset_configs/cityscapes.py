@@ -13,6 +13,7 @@ benchmark = dict(
     "csCreateTrainIdLabelImgs (the *_labelIds.png of the archive are another numbering)",
     zero_in_most=False,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(

@@ -18,6 +18,7 @@ benchmark = dict(
     "1..20 = objects, 255 = object borders",
     zero_in_most=True,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(

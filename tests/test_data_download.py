@@ -225,7 +225,7 @@ def test_a_server_in_trouble_is_asked_again(status: int, server: Server, tmp_pat
 
 
 def test_another_length_than_known_is_refused_before_anything_is_read(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 2304000 bytes, but 'thing.tar' is known to have 5"):
+    with pytest.raises(DataError, match=r"has 2304000 bytes, but 'thing.tar' is known to have 5"):
         get(thing(server, bytes=5), tmp_path)
     assert not (tmp_path / "thing.tar").exists()
 
@@ -253,7 +253,7 @@ def test_a_web_page_is_no_archive(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:text/plain,x", "gopher://a/b"])
 def test_redirections_to_other_schemes_are_refused(to: str, server: Server, tmp_path: Path) -> None:
     server.to = to
-    with pytest.raises(DataError, match="refused|answers 302"):
+    with pytest.raises(DataError, match=r"refused|answers 302"):
         get(thing(server), tmp_path)
     assert not (tmp_path / "thing.tar").exists() and len(server.seen) == 1
 
@@ -305,7 +305,7 @@ def test_a_full_disk_keeps_what_is_there(server: Server, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Part, "append", full)
-        with pytest.raises(RunError, match="no space left on the disk. What was fetched is kept"):
+        with pytest.raises(RunError, match=r"no space left on the disk. What was fetched is kept"):
             get(thing(server), tmp_path)
     assert (tmp_path / WORK / "thing.tar.part").stat().st_size == 1 << 20
     assert get(thing(server), tmp_path).verified == "sha256" and server.seen[-1] == "bytes=1048576-"
@@ -351,7 +351,7 @@ def test_two_at_once_do_not_mix(server: Server, tmp_path: Path) -> None:
 
     def second(done: int, total: int | None) -> None:
         if not met:
-            with pytest.raises(RunError, match="Another process downloads 'thing.tar'"):
+            with pytest.raises(RunError, match=r"Another process downloads 'thing.tar'"):
                 get(thing(server), tmp_path)
             met.append("yes")
 
@@ -372,9 +372,9 @@ def test_the_last_byte_was_there_but_not_the_name(server: Server, tmp_path: Path
 def test_files_of_others_are_kept(server: Server, tmp_path: Path) -> None:
     mine = tmp_path / "thing.tar"
     mine.write_bytes(b"short")
-    with pytest.raises(DataError, match="is there already, but has 5 bytes instead of 2304000: remove it"):
+    with pytest.raises(DataError, match=r"is there already, but has 5 bytes instead of 2304000: remove it"):
         get(thing(server), tmp_path)
-    with pytest.raises(DataError, match="is there already, but its sha256 is"):
+    with pytest.raises(DataError, match=r"is there already, but its sha256 is"):
         get(thing(server, bytes=None), tmp_path)
     assert mine.read_bytes() == b"short" and server.seen == []
     mine.write_bytes(CONTENT)

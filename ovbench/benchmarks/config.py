@@ -108,6 +108,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "labels_from": (True, _is_name),
         "zero_in_most": (True, _is_flag),
         "has_255": (True, _is_flag),
+        "ignored_in_most": (False, _is_flag),
         "raw_gaps": (False, _is_ids),
     },
     "dataset": {
