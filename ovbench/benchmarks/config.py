@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ovbench.errors import DataError
+
+_PATTERN = re.compile(r"[^{}]*\{i(:0?\d{1,2}d)?\}[^{}]*")
 
 Words = tuple[tuple[str, ...], ...]
 
@@ -43,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested without end
         raise DataError(f"The dataset config '{path}' cannot be read: {error}.") from error
     values: dict[str, Any] = {}
     for position, node in enumerate(tree.body):
@@ -78,6 +81,11 @@ def _is_name(value: object) -> bool:
 
 def _is_order(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value) and set(value) == set(range(len(value)))
+
+
+def _is_patterns(value: object) -> bool:
+    """File stems with one ``{i}`` or ``{i:06d}``: a format string of strangers can ask for more."""
+    return _is_strings(value) and value != [] and all(map(_PATTERN.fullmatch, value))  # type: ignore[call-overload]
 
 
 def _is_flag(value: object) -> bool:
@@ -128,7 +136,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "expected_images": (True, _is_size),
         "img_suffix": (False, _is_name),
         "seg_map_suffix": (False, _is_name),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
     },
     # Names of files of ``dataset_configs/downloads``.
     "downloads": {
@@ -137,7 +145,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     },
     "synth": {
         "home": (True, _is_text),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
         "short": (True, _is_size),
         "long": (True, _is_size),
         "portraits": (True, _is_flag),
@@ -198,7 +206,7 @@ def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The word list '{path}' of benchmark '{name}' cannot be read: {error}.") from error
     where = f"The word list '{path.name}'"
     if not isinstance(content, dict) or set(content) != {"benchmark", "version", "class_names", "palette", "wordings"}:

@@ -26,6 +26,7 @@ from ovbench.cli.table import table
 from ovbench.cli.train import train
 from ovbench.cli.verify import verify
 from ovbench.errors import OvbenchError, OvbenchWarning
+from ovbench.paths import TRUST
 
 EPILOG = (
     "Exit codes: 0 done; 1 a fault in ovbench itself (please report it); 2 a wrong option, name or combination; "
@@ -56,6 +57,12 @@ def ovbench(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Configs that you were given may name places outside their folder (OVBENCH_TRUST=1)."
+        ),
+    ] = False,
 ) -> None:
     """Benchmarks open-vocabulary semantic segmentation: accuracy, cost and provenance in one record.
 
@@ -66,6 +73,8 @@ def ovbench(
     ovbench predict street.jpg --classes "road, car, sky" --overlay out.png
     ovbench table
     """
+    if trust:
+        os.environ[TRUST] = "1"  # processes that are started inherit it
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
 

@@ -15,6 +15,7 @@ from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.download.fetch import Fetched, Progress, fetch
 from ovbench.benchmarks.facts import Download, downloads
 from ovbench.errors import UsageError
+from ovbench.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def download(
     benchmark = get(name)
     if own_root(benchmark) is not None or name != benchmark.name:
         raise UsageError(f"'{name}' is a dataset of your own: there is nothing to download.")
-    files, home = needed(benchmark, split), Path(folder).expanduser()
+    files, home = needed(benchmark, split), user_path(folder)
     if home.exists() and not home.is_dir():
         raise UsageError(f"'{home}' is a file: give a folder as --out.")
     fetched: list[Fetched] = []
