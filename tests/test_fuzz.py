@@ -290,7 +290,7 @@ def test_own_dataset_facts(content: bytes) -> None:
 
 
 CONFIG: dict[str, dict[str, Any]] = {
-    "benchmark": {"title": "Mine", "homes": [""]},
+    "benchmark": {"title": "Mine", "homes": [""], "expected_images": 2},
     "dataset": {
         "data_prefix": {"img_path": "images", "seg_map_path": "labels"},
         "ann_file": "",
@@ -561,6 +561,8 @@ def test_a_hostile_archive_ends_the_command_with_3(
 def test_generated_copies_stay_in_their_folder(tmp_path: Path) -> None:
     folder = own_folder(tmp_path / "data")
     (folder / "mine.txt").write_text("cat\ndog\n")
+    (folder / "mine.py").write_text(as_config(CONFIG))
+    assert synth(str(folder / "mine.py"), tmp_path / "out", images=1).is_dir()
     for number, (section, change) in enumerate(
         [("synth", {"home": "../../evil"}), ("synth", {"stems": ["../../evil_{i}"]}), ("synth", {"stems": ["{i.real.__class__}"]}),
          ("dataset", {"data_prefix": {"img_path": "../evil", "seg_map_path": "labels"}}), ("synth", {"stems": ["{i:99999999d}"]})]
@@ -572,7 +574,7 @@ def test_generated_copies_stay_in_their_folder(tmp_path: Path) -> None:
             synth(str(folder / "mine.py"), tmp_path / f"out{number}" / "deep", images=1)
         after = state_of(tmp_path)
         assert not any("evil" in name for name in after)
-        assert {name for name in after if not name.startswith("out")} == set(before)
+        assert {name for name in after if not name.startswith(f"out{number}")} == set(before)
 
 
 def test_warnings_are_ours(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ TYPES = (
     "NYUDataset",
     "NightDrivingDataset",
     "PascalContextDataset",
+    "PascalContextDataset59",
     "PascalVOCDataset",
     "PotsdamDataset",
     "REFUGEDataset",
