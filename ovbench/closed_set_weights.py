@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from ovbench.compat import import_mmseg, quiet_mmengine
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.model import require_device
+from ovbench.paths import user_path
 from ovbench.registry import closed_set_class, method_info
 from ovbench.spec import DType, Protocol, validated
 from ovbench.spec import protocol as preset
@@ -91,7 +91,7 @@ def load_network(
         UsageError: Unknown names.
         WeightsError: A file that cannot be read, or does not fit method, encoder or classes.
     """
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if weights in {"openai", "builtin"}:
         raise UsageError(
             f"'{name}' is trained on the classes of a benchmark: give its trained weights with --weights FILE "

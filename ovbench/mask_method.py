@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from ovbench.method import Method
 from ovbench.ops.mask_losses import LossWeights, mask_losses, match, without_crowds
 from ovbench.ops.masks import padded
 from ovbench.ops.panoptic import Segments, segments_of_labels
+from ovbench.paths import user_path
 from ovbench.prompts import Prompts
 from ovbench.text import embed_words
 
@@ -157,7 +157,7 @@ class MaskMethod(Method):
         from ovbench.trained_weights import read_about
 
         config = cls.Config() if config is None else config
-        path = Path(weights).expanduser()
+        path = user_path(weights)
         about = read_about(path) if path.is_file() else None
         if about is None:
             return cls(load_encoder(weights, arch, activation=activation, seed=seed, device=device), config, seed=seed)

@@ -8,6 +8,7 @@ them is in :class:`RunOptions` and is not.
 from __future__ import annotations
 
 import json
+import reprlib
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -232,6 +233,11 @@ class RunSpec(BaseModel):
         return sha256_of(content)
 
 
+# Values of strangers may be nested in themselves, or endless.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+
+
 def validated(model: type[Any], fields: dict[str, Any]) -> Any:
     """An instance of a pydantic model, its complaints turned into one clear ``UsageError``."""
     from pydantic import ValidationError
@@ -242,5 +248,5 @@ def validated(model: type[Any], fields: dict[str, Any]) -> Any:
         lines = []
         for item in error.errors():
             where = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-") if item["loc"] else "spec"
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})")
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {_SHORT.repr(item['input'])})")
         raise UsageError("; ".join(lines)) from None

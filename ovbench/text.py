@@ -23,7 +23,7 @@ from torch import Tensor
 from ovbench.backbones.frozen_clip import FrozenCLIP
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
-from ovbench.paths import cache_dir
+from ovbench.paths import cache_dir, user_path
 from ovbench.prompts import Prompts, described
 
 PROMPTS_PER_BATCH = 256  # fixed, so that an embedding never depends on free memory
@@ -79,13 +79,16 @@ def templates(name: str) -> list[str]:
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
         return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         raise UsageError(
             f"Unknown prompts '{name}': give imagenet80, plain, lsmseg, lsmseg:ATTRIBUTE+ATTRIBUTE, a .json file of "
             "descriptions, or a file with one template per line."
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the templates '{name}': {error}.") from None
     bad = next((line for line in lines if line.count("{}") != 1), None)
     if bad is not None or not lines:
         raise UsageError(f"Templates in '{name}': every line needs exactly one '{{}}' for the word; got {bad!r}.")

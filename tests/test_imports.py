@@ -168,6 +168,8 @@ QUICK = [
     ("table",),
     ("compare", "--help"),
     ("schema",),
+    ("data", "list"),
+    ("data", "download", "cityscapes", "--dry-run"),
     ("--version",),
 ]
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -380,7 +381,9 @@ def segmenting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_segments(*arguments: Any) -> Any:
         model, known = build(*arguments)
-        model.gives_segments = True
+        model.gives_segments, model.set_things = True, lambda things: None
+        model.run_network = lambda batch: model.method.patch_logits(batch, model.text)
+        model.method.config = SimpleNamespace(masks=0)
 
         def predict(images: Any, sizes: Any, names: Any, truths: Any) -> list[tuple[torch.Tensor, Segments]]:
             given = [shifted(truth) for truth in truths]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ovbench.backbones.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 
 # OpenAI's mean and deviation on RGB 0..255 as every public training-free configuration rounds them
 OPENAI_MEAN = (122.771, 116.746, 104.094)
@@ -68,7 +70,7 @@ def load_clip(
         )
         return dense.to(device)
     if arch is None and _looks_like_path(weights) and not weights.startswith("hf-hub:"):
-        found = _from_openai_file(Path(weights).expanduser(), activation)
+        found = _from_openai_file(user_path(weights), activation)
     else:
         found = load_any_clip(weights, arch or DEFAULT_ARCH, activation=activation, seed=seed)
     return DenseCLIP(**vars(found)).to(device)
@@ -92,7 +94,7 @@ def load_any_clip(weights: str, arch: str, *, activation: Activation = "auto", s
     if weights.startswith("hf-hub:"):
         return _from_hub(weights)
     if _looks_like_path(weights):
-        return _from_file(Path(weights).expanduser(), arch, activation)
+        return _from_file(user_path(weights), arch, activation)
     return _from_tag(arch, weights)
 
 
@@ -114,7 +116,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'."
         )
-    if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    if _holds_code(path):
         raise WeightsError(
             f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use "
             "'--pretrained openai', or save its state_dict() as .safetensors once and give that file."
@@ -127,7 +129,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
         raise WeightsError(
-            f"Cannot read weights from '{path}': {str(error).splitlines()[0]} It must be a .safetensors file or a state "
+            f"Cannot read weights from '{path}': {_first_line(error)} It must be a .safetensors file or a state "
             "dict saved by torch.save."
         ) from error
     if not isinstance(content, Mapping):
@@ -138,6 +140,22 @@ def read_state_dict(path: Path) -> dict[str, Any]:
             state = dict(state[wrapper])
             break
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _holds_code(path: Path) -> bool:
+    """Whether a file is a TorchScript archive; damaged archives are left to torch's complaint."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError):
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
 
 
 def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:

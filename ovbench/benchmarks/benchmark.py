@@ -89,10 +89,12 @@ class Benchmark:
         labels_from: Where the label files come from and what they hold.
         zero_in_most: The raw value 0 occurs in most official label files.
         has_255: The ignored value (255, in 16-bit files 65535) occurs in the official label files.
+        ignored_in_most: The ignored value occurs in most of them.
         raw_gaps: Values that an unconverted label file never has (COCO-Stuff), else empty.
         layout: Folders and file names.
         synth_rules: Look of the generated copy.
         panoptic: Where labels are segments; None where they are classes per pixel.
+        downloads: Files that each split is prepared from, see ``facts``; nothing where that is not known.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Benchmark:
     ignore_index: int = IGNORE_INDEX
     raw_ids: tuple[int, ...] = ()
     panoptic: Panoptic | None = None
+    ignored_in_most: bool = False
+    downloads: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, hash=False)
 
     def for_split(self, split: str) -> Benchmark:
         """The same benchmark looked at in another of its splits: "val" or "train".

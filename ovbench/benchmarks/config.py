@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ovbench.errors import DataError
+
+_PATTERN = re.compile(r"[^{}]*\{i(:0?\d{1,2}d)?\}[^{}]*")
 
 Words = tuple[tuple[str, ...], ...]
 
@@ -43,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested without end
         raise DataError(f"The dataset config '{path}' cannot be read: {error}.") from error
     values: dict[str, Any] = {}
     for position, node in enumerate(tree.body):
@@ -102,6 +105,11 @@ def _is_id_list(value: object) -> bool:
     return len(ids) > 0 and len(set(ids)) == len(ids)
 
 
+def _is_patterns(value: object) -> bool:
+    """File stems with one ``{i}`` or ``{i:06d}``: a format string of strangers can ask for more."""
+    return _is_strings(value) and value != [] and all(map(_PATTERN.fullmatch, value))  # type: ignore[call-overload]
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -115,7 +123,7 @@ def _is_one_of(*allowed: object) -> Callable[[object], bool]:
 
 
 # Sections that a config may leave out.
-_OPTIONAL = ("train", "panoptic")
+_OPTIONAL = ("train", "panoptic", "downloads")
 # section -> key -> (required, test)
 _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     "benchmark": {
@@ -130,6 +138,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "labels_from": (True, _is_name),
         "zero_in_most": (True, _is_flag),
         "has_255": (True, _is_flag),
+        "ignored_in_most": (False, _is_flag),
         "raw_gaps": (False, _is_ids),
     },
     "dataset": {
@@ -156,12 +165,17 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "expected_images": (True, _is_size),
         "img_suffix": (False, _is_name),
         "seg_map_suffix": (False, _is_name),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
         "panoptic_file": (False, _is_name),
+    },
+    # Names of files of ``dataset_configs/downloads``.
+    "downloads": {
+        "val": (True, _is_strings),
+        "train": (False, _is_strings),
     },
     "synth": {
         "home": (True, _is_text),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
         "short": (True, _is_size),
         "long": (True, _is_size),
         "portraits": (True, _is_flag),
@@ -243,7 +257,7 @@ def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The word list '{path}' of benchmark '{name}' cannot be read: {error}.") from error
     where = f"The word list '{path.name}'"
     if not isinstance(content, dict) or set(content) != {"benchmark", "version", "class_names", "palette", "wordings"}:

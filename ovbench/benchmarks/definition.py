@@ -40,6 +40,7 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "labels_from": facts["labels_from"],
         "zero_in_most": facts["zero_in_most"],
         "has_255": facts["has_255"],
+        "ignored_in_most": facts.get("ignored_in_most", False),
         "raw_gaps": tuple(facts.get("raw_gaps", ())),
         "layout": splits["val"].layout,
         "splits": splits,
@@ -47,6 +48,7 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "dataset_type": dataset["type"],
         "word_lists": lists["wordings"],
         "panoptic": None if values.get("panoptic") is None else _panoptic(values["panoptic"]),
+        "downloads": {split: tuple(files) for split, files in values.get("downloads", {}).items()},
     }
 
 

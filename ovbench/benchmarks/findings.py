@@ -72,19 +72,3 @@ class Findings:
         if tally["lossy_label"]:
             text = f"{tally['lossy_label']} labels are JPEG data, which changes ids near borders."
             self.report("lossy_label", "error", text, f"Make them again as PNG: {made}")
-
-
-def read_image(path: Path) -> tuple[Size | None, str | None]:
-    """Size (width, height) as a reader that follows EXIF rotation sees it, and what is wrong with the file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            # A JPEG is decoded at an eighth: all its data is read, so that a truncated file shows, in less time.
-            image.draft("L", (1, 1))
-            image.load()
-            return ((height, width) if turned else (width, height)), None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, str(error) or type(error).__name__

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ovbench.errors import DataError
+from ovbench.paths import user_path
 
 
 class Pair(NamedTuple):
@@ -136,7 +137,7 @@ def resolve_root(layout: Layout, name: str, labels_from: str, path: Path | str) 
     Raises:
         DataError: Nothing there, only part of the layout there, or several copies to choose from.
     """
-    start = Path(path).expanduser()
+    start = user_path(path)
     if not start.exists():
         raise DataError(
             f"The data root '{path}' does not exist. Give the folder that holds '{layout.image_dir}', or one above it, "

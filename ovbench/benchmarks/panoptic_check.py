@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.benchmarks.findings import Findings, Size, read_image
+from ovbench.benchmarks.findings import Findings, Size
 from ovbench.benchmarks.labels import id_ranges
 from ovbench.benchmarks.layout import Pair
+from ovbench.benchmarks.look import read_image
 from ovbench.benchmarks.panoptic import Described, PanopticFile, read_panoptic, segment_ids
 from ovbench.benchmarks.report import Level
 from ovbench.errors import DataError
@@ -141,7 +142,7 @@ class PanopticFindings(Findings):
         """Share of the pixels that no metric counts; None without any pixel."""
         return int(self.pixels[-1]) / total if (total := int(self.pixels.sum())) else None
 
-    def judge(self) -> None:
+    def judge(self, synthetic: bool) -> None:
         """All problems of files and json."""
         self.judge_readability()
         self._judge_json()

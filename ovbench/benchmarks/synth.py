@@ -21,6 +21,7 @@ from ovbench.benchmarks import get, synth_classes, synth_panoptic
 from ovbench.benchmarks.labels import Ids
 from ovbench.benchmarks.synth_classes import Vocabulary
 from ovbench.errors import DataError, UsageError
+from ovbench.paths import user_path
 
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
@@ -123,7 +124,7 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker of a generated copy in ``folder``; None where there is none that can be read."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
 
@@ -248,7 +249,7 @@ def synth(
         for split, (count, exponent) in wanted.items()
         if count
     ]
-    target = Path(out).expanduser()
+    target = user_path(out)
     try:
         return _synth(_Plan(tuple(parts), found.first(classes), seed, classes, size), target, progress)
     except OSError as error:

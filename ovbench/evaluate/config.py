@@ -8,6 +8,7 @@ from typing import Any
 
 from ovbench.errors import RunError
 from ovbench.evaluate.run import RunOptions, data_of, words_of
+from ovbench.paths import user_path
 from ovbench.spec import RunSpec
 
 HEADER = '''"""{method} on {dataset}, written by 'ovbench run --dump-config'.
@@ -35,7 +36,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     root, _ = data_of(benchmark, spec, options)
     closed = method_info(spec.method).track == CLOSED_SET
     classes = list(benchmark.class_names) if closed else words_of(benchmark, spec)[0]
-    path = Path(spec.weights).expanduser()
+    path = user_path(spec.weights)
     info = method_info(spec.method)
     # a method from a file is no type of mmseg's registry
     kind = (

@@ -17,7 +17,7 @@ from typing import Any
 
 from ovbench.errors import Interrupted, OvbenchError, RunError, UsageError
 from ovbench.hashing import sha256_of
-from ovbench.paths import cache_dir
+from ovbench.paths import cache_dir, user_path
 from ovbench.results import record as records
 from ovbench.results import store
 from ovbench.results.panoptic import panoptic_from_sums
@@ -104,7 +104,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         )
     for key in ("data_root", "results"):
         if options.get(key) is not None:
-            options[key] = Path(options[key]).expanduser()
+            options[key] = user_path(options[key])
     chosen = replace(RunOptions(), **options)
     store.ensure_writable(chosen.results)
     state = _State(checked, chosen, datetime.now(timezone.utc))
@@ -178,7 +178,7 @@ def _evaluate(state: _State) -> None:
     state.fingerprint = benchmark.fingerprint(root)
     build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
     model, known = build(spec, benchmark, state)
-    weights = Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights
+    weights = Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights
     state.weights_sha256 = known["weights_sha256"]
     demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
     common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
@@ -209,7 +209,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
 
     require_device(spec.device)
     cls = method_class(spec.method)
-    path = Path(spec.weights).expanduser()
+    path = user_path(spec.weights)
     about = read_about(path) if path.is_file() else None
     given = spec.method_options
     if about is not None:
@@ -315,7 +315,7 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
     name = wording_of(benchmark, spec)
     if name in benchmark.wordings:
         return benchmark.words(name), benchmark.words_sha256(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         return benchmark.words(name), ""  # raises with the nearest names
     words = read_classes(path)

@@ -159,8 +159,10 @@ def find_unfinished(folder: Path, spec_hash: str, fingerprint: str) -> Path | No
         try:
             with path.open(encoding="utf-8") as file:
                 header = json.loads(file.readline())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
+        if not isinstance(header, dict) or path.name != f"{header.get('run_id')}{SUFFIX}":
+            continue  # the id becomes a path: it is believed where it is this file's own name
         if header.get("spec_hash") != spec_hash or header.get("dataset_fingerprint") != fingerprint:
             continue
         record = path.with_name(path.name.removesuffix(SUFFIX) + ".json")

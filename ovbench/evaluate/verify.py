@@ -193,11 +193,16 @@ def spec_again(record: RunRecord, given: Given) -> RunSpec:
         WeightsError: The weights file is not the recorded one.
     """
     from ovbench import benchmarks
-    from ovbench.registry import class_of
+    from ovbench.registry import class_of, is_path
 
     old = record.spec
     method = given.method or old.method
-    if given.method is None and "source_sha256" in old.method_options:
+    base = str({**old.method_options, **(given.options or {})}.get("base", ""))
+    if is_path(base) and "base" not in (given.options or {}):
+        raise UsageError(
+            f"The record names the file '{base}' as base method, whose code would be run: add --option base=."
+        )
+    if given.method is None and ("source_sha256" in old.method_options or is_path(old.method)):
         raise UsageError(
             f"'{old.method}' is a method from a file, which the record does not hold: add --method FILE.py:CLASS."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError
+from ovbench.paths import user_path
 from ovbench.profile.parameters import Parameters, by_part
 from ovbench.profile.report import ProfileSpec
 from ovbench.profile.timing import Stopwatch
@@ -139,7 +140,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
             **found,
             "method": info.name,
             "method_options": {**found["method_options"], **info.recorded()},
-            "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
+            "weights": Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights,
             "classes": model.num_classes,
             "input": f"{height}x{width}",
         }

@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> RunRecord:
         data = json.loads(text)
     except OSError as error:
         raise DataError(f"Cannot read the record '{path}': {error.strerror or error}.") from error
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise DataError(f"'{path}' is not a record: it is no valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise DataError(f"'{path}' is not a record: its JSON is no object.")
