@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ovbench.backbones.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.eva_clip import is_eva, plain_vit
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
 
@@ -49,14 +50,15 @@ def load_clip(
     Args:
         weights: ``builtin``, ``random``, an open_clip tag (``openai``, ``laion2b_s34b_b88k``, ...),
             ``hf-hub:org/name``, or the path of a ``.safetensors`` / ``.pt`` / ``.bin`` state dict.
-        arch: open_clip architecture. For a file, None means OpenAI's layout, read from the shapes.
+        arch: open_clip architecture: a CLIP ViT, EVA01-g-14 or EVA01-g-14-plus. For a file, None means OpenAI's layout,
+            read from the shapes.
         activation: For a file: force GELU or QuickGELU.
         seed: Seed of random weights.
         device: Torch device.
 
     Raises:
         UsageError: Unknown architecture or tag.
-        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+        WeightsError: The tower is no such ViT, the file is missing, unreadable or does not fit, or the download failed.
     """
     if weights == "builtin":
         if arch is not None:
@@ -71,6 +73,8 @@ def load_clip(
         found = _from_openai_file(Path(weights).expanduser(), activation)
     else:
         found = load_any_clip(weights, arch or DEFAULT_ARCH, activation=activation, seed=seed)
+    if is_eva(found.clip.visual):
+        found.clip.visual = plain_vit(found.clip.visual, found.arch)
     return DenseCLIP(**vars(found)).to(device)
 
 
@@ -164,7 +168,7 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
         from open_clip.model import convert_to_custom_text_state_dict
 
         state = convert_to_custom_text_state_dict(state)
-    _load_strictly(model, state, name, arch)
+    load_strictly(model, state, name, arch)
     return model
 
 
@@ -193,7 +197,7 @@ def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | No
     model = CLIP(**config, quick_gelu=quick)
     vision = config["vision_cfg"]
     arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
-    _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
+    load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
     return _described(model, arch, name, digest, quick)
 
 
@@ -323,7 +327,12 @@ def _create(arch: str, *, quick_gelu: bool) -> nn.Module:
     return model
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+    """Fills a model with a state dict.
+
+    Raises:
+        WeightsError: Tensors are missing, surplus, of another shape or not finite; names them.
+    """
     expected = model.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     wrong = [
