@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ovbench import trained_weights
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.encoders import encoder
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.closed_set import ClosedSetMethod, ClosedSetModel, ClosedSetNetwork
 from ovbench.compat import import_mmseg, quiet_mmengine
 from ovbench.errors import UsageError, WeightsError

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ovbench.backbones.clip_weights import from_openai_format, load_clip, read_state_dict
+from ovbench.backbones.clip_weights import from_openai_format, load_clip, load_strictly
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
 from ovbench.mask_generators.cache import CachedGenerator, proposals_dir
@@ -154,6 +155,8 @@ class MaskMethod(Method):
         Raises:
             UsageError, WeightsError: As of ``load_clip``; or the file is of another network.
         """
+        from open_clip import list_models
+
         from ovbench.trained_weights import read_about
 
         config = cls.Config() if config is None else config
@@ -163,13 +166,13 @@ class MaskMethod(Method):
             return cls(load_encoder(weights, arch, activation=activation, seed=seed, device=device), config, seed=seed)
         state, digest = read_state_dict(path), sha256_of_file(path)
         own = {key.removeprefix(_CLIP): value for key, value in state.items() if key.startswith(_CLIP)}
-        if "visual.conv1.weight" in own:
-            quick = about.method_options.get("clip_activation") != "gelu"
-            clip: Any = from_openai_format(own, str(path), digest, arch=about.arch, quick=quick)
-        else:
-            clip = load_encoder("random", about.arch, activation=activation, seed=seed)
-            clip.clip.load_state_dict(own)
+        trained_with = about.method_options.get("clip_activation", "quickgelu")
+        if about.arch in list_models():  # shapes tell no number of heads: ViT-H-14's are 80 wide, EVA01-g-14's 88
+            clip: Any = load_encoder("random", about.arch, activation=trained_with, seed=seed)
+            load_strictly(clip.clip, own, str(path), about.arch)
             clip.weights, clip.weights_sha256 = str(path), digest
+        else:
+            clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=trained_with != "gelu")
         method = cls(clip, config, seed=seed)
         method._fill({key: value for key, value in state.items() if not key.startswith(_CLIP)}, str(path))
         method.seen_words = frozenset(about.class_names)

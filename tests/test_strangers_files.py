@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ovbench import benchmarks, paths, registry
-from ovbench.backbones.clip_weights import read_state_dict
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.benchmarks import own
 from ovbench.cli.app import run_command
 from ovbench.errors import DataError, OvbenchWarning, UsageError, WeightsError

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ovbench.backbones.attention_base import TransformerSource, to_whole_patches
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.dense_clip import Grid, PosInterp, resize_position_embedding
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.paths import user_path

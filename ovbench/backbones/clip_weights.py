@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 
 from ovbench.backbones.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.eva_clip import is_eva, plain_vit
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
 from ovbench.paths import user_path
@@ -51,14 +51,15 @@ def load_clip(
     Args:
         weights: ``builtin``, ``random``, an open_clip tag (``openai``, ``laion2b_s34b_b88k``, ...),
             ``hf-hub:org/name``, or the path of a ``.safetensors`` / ``.pt`` / ``.bin`` state dict.
-        arch: open_clip architecture. For a file, None means OpenAI's layout, read from the shapes.
+        arch: open_clip architecture: a CLIP ViT, EVA01-g-14 or EVA01-g-14-plus. For a file, None means OpenAI's layout,
+            read from the shapes.
         activation: For a file: force GELU or QuickGELU.
         seed: Seed of random weights.
         device: Torch device.
 
     Raises:
         UsageError: Unknown architecture or tag.
-        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+        WeightsError: The tower is no such ViT, the file is missing, unreadable or does not fit, or the download failed.
     """
     if weights == "builtin":
         if arch is not None:
@@ -73,6 +74,8 @@ def load_clip(
         found = _from_openai_file(user_path(weights), activation)
     else:
         found = load_any_clip(weights, arch or DEFAULT_ARCH, activation=activation, seed=seed)
+    if is_eva(found.clip.visual):
+        found.clip.visual = plain_vit(found.clip.visual, found.arch)
     return DenseCLIP(**vars(found)).to(device)
 
 
@@ -106,58 +109,6 @@ def _looks_like_path(weights: str) -> bool:
     )
 
 
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The tensors of a ``.safetensors`` or pickled state dict, read without running foreign code.
-
-    Raises:
-        WeightsError: Missing, unreadable, or a pickle that holds more than tensors.
-    """
-    if not path.is_file():
-        raise WeightsError(
-            f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'."
-        )
-    if _holds_code(path):
-        raise WeightsError(
-            f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use "
-            "'--pretrained openai', or save its state_dict() as .safetensors once and give that file."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
-        raise WeightsError(
-            f"Cannot read weights from '{path}': {_first_line(error)} It must be a .safetensors file or a state "
-            "dict saved by torch.save."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
-    state = dict(content)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = dict(state[wrapper])
-            break
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _holds_code(path: Path) -> bool:
-    """Whether a file is a TorchScript archive; damaged archives are left to torch's complaint."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError):
-        return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
-
-
 def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:
     state = read_state_dict(path)
     digest = sha256_of_file(path)
@@ -182,7 +133,7 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
         from open_clip.model import convert_to_custom_text_state_dict
 
         state = convert_to_custom_text_state_dict(state)
-    _load_strictly(model, state, name, arch)
+    load_strictly(model, state, name, arch)
     return model
 
 
@@ -210,7 +161,7 @@ def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | No
     config = openai_config(state, name)
     model = CLIP(**config, quick_gelu=quick)
     arch = arch or openai_format_arch(state, name)
-    _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
+    load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
     return _described(model, arch, name, digest, quick)
 
 
@@ -346,7 +297,12 @@ def _create(arch: str, *, quick_gelu: bool) -> nn.Module:
     return model
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+    """Fills a model with a state dict.
+
+    Raises:
+        WeightsError: Tensors are missing, surplus, of another shape or not finite; names them.
+    """
     expected = model.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     wrong = [

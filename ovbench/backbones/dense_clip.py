@@ -86,7 +86,8 @@ class DenseCLIP(FrozenCLIP):
     """A frozen CLIP with dense access to its vision tower.
 
     Args:
-        clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``.
+        clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``, or was turned into one
+            (:func:`ovbench.backbones.eva_clip.plain_vit`).
         about: See :class:`FrozenCLIP`.
 
     Raises:
@@ -346,5 +347,5 @@ def _require_plain_vit(clip: nn.Module, arch: str) -> None:
     if problem:
         raise WeightsError(
             f"{arch} cannot give dense features here: {problem}. Use a CLIP ViT of open_clip, e.g. ViT-B-16, ViT-B-32, "
-            "ViT-L-14, ViT-L-14-336 or ViT-H-14."
+            "ViT-L-14, ViT-L-14-336 or ViT-H-14, or EVA01-g-14-plus."
         )

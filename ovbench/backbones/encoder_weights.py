@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.encoders import encoder
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.compat import import_mmseg
 from ovbench.errors import WeightsError
 from ovbench.paths import user_path

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.dense_clip import Grid
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.backbones.visual import VisualEncoder
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file

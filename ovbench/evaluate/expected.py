@@ -217,7 +217,8 @@ def _clip_file(spec: RunSpec, path: Path) -> _Found:
     import open_clip
 
     from ovbench.backbones.activation import is_quick
-    from ovbench.backbones.clip_weights import openai_format_arch, read_state_dict
+    from ovbench.backbones.clip_weights import openai_format_arch
+    from ovbench.backbones.state_dict import read_state_dict
 
     state, digest = read_state_dict(path), sha256_of_file(path)
     arch_quick = None
