@@ -10,7 +10,7 @@ adapter and CLIP's query projections (SIMO), with 2 CE + 5 Dice + 5 BCE on propo
 
 Inferred, as the paper is silent: a residual around (a) and g_v at zero, so that untrained FISA is its baseline to the bit
 (``seve_residual``); g is of low rank in each block, which brings the count to the printed 26 M (``seve_rank``), and sees m
-behind the block's first norm; the adapter is one residual stack for all masks, its last layer at zero (``adapter_width``);
+behind the block's first norm and T at variance 1; the adapter is one residual stack for all masks, its last layer at zero (``adapter_width``);
 tuned queries serve image tokens as well (``query_scope``); LoRA sits on the query projections (``lora_rank``); no class for
 "no object": proposals that match no segment count in no loss.
 """
@@ -94,7 +94,8 @@ class SemanticInjection(nn.Module):
             nn.init.zeros_(self.out.weight)
 
     def forward(self, m: Tensor, normed: Tensor, text: Tensor) -> Tensor:
-        """Tokens (B, M, C) from tokens, these behind a norm, and class embeddings (Q, D)."""
+        """Tokens (B, M, C) from tokens, these behind a norm, and class embeddings (Q, D) of length 1."""
+        text = text * text.shape[-1] ** 0.5  # values of variance 1, as the normed tokens have
         attention = (self.q(normed) @ self.k(text).T / self.q.out_features**0.5).softmax(dim=-1)  # (B, M, Q)
         found = self.out(attention @ self.v(text))
         result: Tensor = m + found if self.residual else found

@@ -229,9 +229,9 @@ def test_seve_is_the_equation(clip):
     method = perturbed(build("fisa", clip))
     block, seve = clip.blocks[2], method.seve[2]
     m, text = torch.randn(1, 3, clip.width), words(5, clip.embed_dim).text
-    normed = block.ln_1(m)
-    weights = torch.softmax((normed @ seve.q.weight.T) @ (text @ seve.k.weight.T).T / 8**0.5, dim=-1)
-    expected = m + (weights @ (text @ seve.v.weight.T)) @ seve.out.weight.T
+    normed, wide = block.ln_1(m), text * clip.embed_dim**0.5
+    weights = torch.softmax((normed @ seve.q.weight.T) @ (wide @ seve.k.weight.T).T / 8**0.5, dim=-1)
+    expected = m + (weights @ (wide @ seve.v.weight.T)) @ seve.out.weight.T
     torch.testing.assert_close(method.injected(m, text, 2), expected, rtol=1e-4, atol=1e-5)
 
 
