@@ -38,7 +38,7 @@ from ovbench import benchmarks
 from ovbench.cli.app import app, run_command
 from ovbench.cli.run import spec_of
 from ovbench.errors import OvbenchError
-from ovbench.registry import CLOSED_SET, method_info
+from ovbench.registry import CLOSED_SET, MASK_BASED, method_info
 from ovbench.spec import protocol_names
 
 REPO = Path(__file__).resolve().parents[1]
@@ -281,6 +281,9 @@ def _rewritten(verb: str, params: dict[str, Any], arguments: list[str]) -> list[
         "--batch": 1, "--workers": 1, "--demo": 0,
     }  # fmt: skip
     attention = ["--attention", "clip"] if params["attention"] or params["solver"] or method == "proxyclip" else []
+    if method_info(method).track == MASK_BASED:
+        small = ["--square", "64"] if method_info(method).protocol == "fisa" else []
+        attention += ["-o", "generator=grid", "--short-side", "64", *small]
     return [
         *_without(arguments, single), *attention, "--data-root", f"DATA/{params['dataset']}", "--weights", "builtin",
         "--limit", "1", "--workers", "0", "--device", "cpu", "--no-check",
