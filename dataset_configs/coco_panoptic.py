@@ -43,6 +43,11 @@ train = dict(
     stems=["{i:012d}"],
 )
 
+downloads = dict(
+    val=["val2017.zip", "panoptic_annotations_trainval2017.zip"],
+    train=["train2017.zip", "panoptic_annotations_trainval2017.zip"],
+)
+
 synth = dict(
     home="",
     stems=["{i:012d}"],

@@ -40,6 +40,11 @@ train = dict(
     stems=["train_{i:018d}"],
 )
 
+downloads = dict(
+    val=["mapillary-vistas-dataset_public_v1.2.zip"],
+    train=["mapillary-vistas-dataset_public_v1.2.zip"],
+)
+
 synth = dict(
     home="mapillary_vistas",
     stems=["val_{i:018d}"],
