@@ -10,9 +10,9 @@ adapter and CLIP's query projections (SIMO), with 2 CE + 5 Dice + 5 BCE on propo
 
 Inferred, as the paper is silent: a residual around (a) and g_v at zero, so that untrained FISA is its baseline to the bit
 (``seve_residual``); g is of low rank in each block, which brings the count to the printed 26 M (``seve_rank``), and sees m
-behind the block's first norm and T at variance 1; the adapter is one residual stack for all masks, its last layer at zero (``adapter_width``);
-tuned queries serve image tokens as well (``query_scope``); LoRA sits on the query projections (``lora_rank``); no class for
-"no object": proposals that match no segment count in no loss.
+behind the block's first norm and T at variance 1; the adapter is one residual stack for all masks, its last layer at zero
+(``adapter_width``); tuned queries serve image tokens as well (``query_scope``); LoRA sits on the query projections
+(``lora_rank``); no class for "no object": proposals that match no segment count in no loss.
 """
 
 from __future__ import annotations

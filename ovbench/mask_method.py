@@ -195,7 +195,15 @@ class MaskMethod(Method):
                 f"'{name}' does not fit {type(self).__name__} with these options (first of {len(wrong)}: {wrong[0]}): give "
                 "the options that it was trained with."
             )
+        tuned = {key: value for key, value in state.items() if key.startswith(self.FROZEN)}
+        own = self.state_dict()
+        if any(key not in own or own[key].shape != value.shape for key, value in tuned.items()):
+            raise WeightsError(
+                f"'{name}' holds a trained mask generator of another kind: give the one it was trained with."
+            )
         self.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+        if tuned:
+            self.generator.weights_sha256 = sha256_of_file(user_path(name))
 
     def public_state(self) -> dict[str, Tensor]:
         """All weights but the generator's (unless those are trained), which :meth:`load` takes."""

@@ -293,7 +293,8 @@ def test_the_ensemble_is_a_geometric_mean(clip):
     torch.testing.assert_close(found, ours ** (1 - share) * clips**share, rtol=1e-4, atol=1e-7)
 
 
-POLICIES = [("fisa", policy) for policy in method_class("fisa").POLICIES] + [("scn", "heads")]
+POLICIES = [("fisa", policy) for policy in method_class("fisa").POLICIES if "generator" not in policy]
+POLICIES.append(("scn", "heads"))
 
 
 @pytest.mark.parametrize(("name", "policy"), POLICIES)
@@ -304,9 +305,6 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
 
     pytest.importorskip("scipy")
     options = {"lora_rank": 4} if policy == "lora" else {}
-    if policy == "simo+generator":
-        pytest.importorskip("transformers")
-        return  # see test_the_generator_is_trained_where_the_policy_says_so
     method = build(name, load_clip(weights), **options, **({"training_side": 0} if name == "fisa" else {}))
     method.set_training_classes(["sky", "road", "car"], Templates(("{}",)))
     groups, parts = choose_parameters(method, policy)
@@ -360,6 +358,56 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
     save_file(state, tmp_path / "less.safetensors", metadata={"ovbench": about.model_dump_json()})
     with pytest.raises(WeightsError, match="does not fit"):
         cls.load(str(tmp_path / "less.safetensors"), None, cls.configure({"generator": "grid", **options}))
+
+
+def test_the_generator_is_trained_where_the_policy_says_so(weights, tmp_path, monkeypatch):
+    from ovbench import trained_weights
+    from ovbench.mask_generators import mask2former_weights
+
+    pytest.importorskip("scipy")
+    pytest.importorskip("transformers")
+    backbone = {
+        "model_type": "swin",
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 4,
+    }
+    sizes = {
+        "backbone_config": {**backbone, "out_features": ["stage1", "stage2", "stage3", "stage4"]}, "num_labels": 5,
+        "num_queries": 7, "encoder_layers": 1, "decoder_layers": 2, "feature_size": 32, "mask_feature_size": 32,
+        "hidden_dim": 32, "encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 2,
+    }  # fmt: skip
+    name = "mask2former-swin-t"
+    mask2former_weights.random_mask2former(name, 3, sizes).model.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setitem(mask2former_weights.RECIPES, name, mask2former_weights.Recipe(backbone, hub="owner/tiny"))
+    options = {"generator": name, "generator_weights": str(tmp_path / "tiny"), "training_side": 0}
+    method = build("fisa", load_clip(weights), **options)
+    before = method.generator.identity()
+    method.set_training_classes(["sky", "road"], Templates(("{}",)))
+    groups, _ = choose_parameters(method, "simo+generator")
+    labels = torch.zeros(1, 64, 64, dtype=torch.int64)
+    labels[:, 32:] = 1
+    losses = method.train().losses(photo(64, 64)[None], labels)
+    sum(losses.values()).backward()
+    [own] = [group for group in groups if group.name == "generator"]
+    assert any(p.grad is not None and bool((p.grad != 0).any()) for p in own.parameters)
+    torch.optim.SGD([p for p in own.parameters if p.grad is not None], lr=0.1).step()
+    method.requires_grad_(False).eval()
+    picture = photo(64, 64)
+    expected = method.generator.propose([picture])[0].masks
+    about = trained_weights.About(
+        method="fisa", method_options=method.options(), arch=method.clip.arch, dataset="coco_stuff",
+        class_names=["sky", "road"], training="t", spec_hash="0", iterations=1, planned=1,
+    )  # fmt: skip
+    trained_weights.save(tmp_path / "model.safetensors", method.public_state(), about)
+    again = method_class("fisa").load(str(tmp_path / "model.safetensors"), None, method.config)
+    assert torch.equal(again.generator.propose([picture])[0].masks, expected)
+    assert again.generator.identity() != before
+    with pytest.raises(WeightsError, match="generator"):
+        method_class("fisa").load(
+            str(tmp_path / "model.safetensors"), None, method_class("fisa").configure({"generator": "grid"})
+        )
 
 
 def test_wrong_values_are_refused(clip):

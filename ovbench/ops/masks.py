@@ -37,12 +37,9 @@ def padded(masks: list[Tensor], count: int) -> Tensor:
 
     Masks of another size than the first image's are resized to it bilinearly.
     """
-    size = masks[0].shape[-2:]
-    found = masks[0].new_full((len(masks), count, *size), NOWHERE, dtype=torch.float32)
-    for row, own in zip(found, masks, strict=True):
-        if own.shape[0]:
-            row[: own.shape[0]] = own if own.shape[-2:] == size else resized(own, (size[0], size[1]))
-    return found
+    size = (masks[0].shape[-2], masks[0].shape[-1])
+    rows = [resized(own.float(), size) if len(own) else own.new_zeros(0, *size, dtype=torch.float32) for own in masks]
+    return torch.stack([F.pad(row, (0, 0, 0, 0, 0, count - len(row)), value=NOWHERE) for row in rows])
 
 
 def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
