@@ -360,6 +360,22 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
         cls.load(str(tmp_path / "less.safetensors"), None, cls.configure({"generator": "grid", **options}))
 
 
+def test_trained_parameters_are_the_papers(weights):
+    """The printed 26 M of ViT-L/14 by the same formula that holds on a small CLIP; the profile builds the large one."""
+
+    def expected(depth: int, width: int, dim: int, rank: int = 8) -> dict[str, int]:
+        adapter = (9 * 16 + 16) + (16 * 9 + 1)
+        return {
+            "seve": depth * rank * 2 * (width + dim), "adapter": adapter, "clip.queries": depth * (width * width + width)
+        }  # fmt: skip
+
+    clip = load_clip(weights)
+    groups, _ = choose_parameters(build("fisa", clip), "simo")
+    found = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
+    assert found == expected(clip.depth, clip.width, clip.embed_dim)
+    assert sum(expected(24, 1024, 768).values()) == pytest.approx(26e6, rel=0.05)
+
+
 def test_the_generator_is_trained_where_the_policy_says_so(weights, tmp_path, monkeypatch):
     from ovbench import trained_weights
     from ovbench.mask_generators import mask2former_weights
