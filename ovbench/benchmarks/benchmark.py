@@ -276,13 +276,24 @@ class Benchmark:
         """What messages add to commands that look at this split."""
         return "" if self.split == "val" else f" --split {self.split}"
 
-    def fingerprint(self, root: Path | str) -> str:
+    def fingerprint(self, root: Path | str, *, incomplete: bool = False) -> str:
         """sha256 (hex) over the benchmark's name, version and split and, in order, names and sizes of all files.
 
         File contents are not read, so a change that keeps every size goes unseen.
+
+        Args:
+            root: The data root or a folder above it.
+            incomplete: Files may be missing, which then count by name.
+
+        Raises:
+            DataError: No data, or files are missing where they may not.
         """
+        found = self.scan(root)
+        absent = [*found.missing_images, *found.missing_labels] if incomplete and found.pairs else []
         split = "" if self.split == "val" else f"{self.split}\n"  # fingerprints of val are older than splits
         digest = hashlib.sha256(f"{self.name}\n{self.version}\n{split}".encode())
-        for pair in self.pairs(root):
+        for pair in found.pairs if absent else self.pairs(root):
             digest.update(f"{pair.stem}\t{os.path.getsize(pair.image)}\t{os.path.getsize(pair.label)}\n".encode())
+        for name in absent:
+            digest.update(f"{name}\tmissing\n".encode())
         return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ Counts = npt.NDArray[np.int64]
 _ENOUGH_FILES = 5
 # An unconverted COCO-Stuff copy shows none of its 11 unused ids; by chance that has p < .001 at 90 distinct ids.
 _ENOUGH_IDS = 90
+# Faults of single files, which a run can pass over.
+_OF_ONE_FILE = {"missing_images", "missing_labels", "unreadable_image", "unreadable_label", "size_mismatch"}
 
 
 class _Seen(NamedTuple):
@@ -331,13 +334,22 @@ def check(
     )
 
 
-def quick_check(name: str, root: Path | str, first: int = 8, split: str = "val") -> CheckReport:
+def quick_check(name: str, root: Path | str, first: int = 8, split: str = "val", skip: bool = False) -> CheckReport:
     """The report on the names of all files and the content of the first pairs, for use before a run.
+
+    Args:
+        name: Benchmark id.
+        root: Data root or a folder above it.
+        first: Pairs to open.
+        split: "val" or "train".
+        skip: Files that are missing, damaged or of the wrong size are no errors, because a run is to skip them.
 
     Raises:
         UsageError: Unknown benchmark.
         DataError: Any error; warnings are in the report.
     """
     report = check(name, root, split=split, limit=first)
+    if skip:
+        report = replace(report, problems=tuple(found for found in report.problems if found.kind not in _OF_ONE_FILE))
     report.raise_for_errors()
     return report

@@ -58,7 +58,7 @@ def read(path: Path, record: RunRecord) -> ImageAreas:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         header: dict[str, Any] = json.loads(lines[0]) if lines else {}
-        entries = {int(entry["index"]): entry for entry in map(json.loads, lines[1:])}
+        entries = {int(entry["index"]): entry for entry in map(json.loads, lines[1:]) if "error" not in entry}
     except OSError as error:
         raise DataError(
             f"Cannot read the areas per image of {record.run_id} at '{path}': {error.strerror or error}. They lie beside "

@@ -7,7 +7,6 @@ train, nor on where a training was interrupted. So resuming starts at a position
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import DataError
+from ovbench.evaluate.signals import leave_signals
 from ovbench.train.recipe import Recipe
 
 IGNORE = 255
@@ -143,12 +143,6 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int) ->
         return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed)
 
 
-def _leave_signals(worker: int) -> None:
-    """A scheduler signals all processes; the one that trains decides, and still needs its readers for the batch in flight."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Tensor]]:
     """Batches of one process, from the position on that ``positions`` starts with."""
     return DataLoader(
@@ -159,5 +153,5 @@ def loader(images: TrainingSet, positions: Positions, workers: int, device: str)
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
         drop_last=True,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
     )
