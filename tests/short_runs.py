@@ -46,13 +46,16 @@ def _child(fields: dict[str, Any], options: dict[str, Any], env: dict[str, str],
 
     import ovbench
     from ovbench.cli.run import _terminable
+    from ovbench.evaluate.loop import Monitor
 
     torch.set_num_threads(1)
+    tell = Monitor.tell
+    Monitor.tell = lambda monitor: (tell(monitor), time.sleep(slow))[0]  # type: ignore[method-assign]
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run() -> None:
         with _terminable():
-            ovbench.run(fields, **options, on_images=lambda done, total: time.sleep(slow))
+            ovbench.run(fields, **options)
 
     code, message = outcome(run)
     told.write_text(json.dumps({"code": code, "message": message}))
@@ -92,13 +95,18 @@ class Processes:
             "MASTER_PORT": str(port),
             "OVBENCH_PEER_TIMEOUT": "8",
         }
+        if options.setdefault("launcher", "pytorch") == "slurm":
+            env |= {"SLURM_NTASKS": str(world), "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
         env |= options.pop("env", {})
         results = options.pop("results")
         found = []
         for rank in range(world):
-            own, home = {**env, "RANK": str(rank)}, results[rank] if isinstance(results, list) else results
+            own, home = (
+                {**env, "RANK": str(rank), "SLURM_PROCID": str(rank)},
+                results[rank] if isinstance(results, list) else results,
+            )
             own_fields = fields[rank] if isinstance(fields, list) else fields
-            found.append(self.start(own_fields, env=own, launcher="pytorch", results=home, **options))
+            found.append(self.start(own_fields, env=own, results=home, **options))
         return found
 
     def end(self) -> None:

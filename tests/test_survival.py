@@ -22,11 +22,13 @@ from torch.utils.data import get_worker_info
 import ovbench
 from ovbench import benchmarks
 from ovbench.benchmarks.synth import synth
+from ovbench.cli.app import run_command
 from ovbench.errors import Interrupted, OvbenchWarning, RunError
 from ovbench.evaluate import shards
 from ovbench.evaluate.loop import Images, batches
 from ovbench.evaluate.shards import Shard
 from ovbench.evaluate.signals import held_back
+from ovbench.evaluate.verify import Given, verify
 from ovbench.results import image_areas, store
 from ovbench.results.record import RunRecord
 
@@ -440,9 +442,8 @@ def other_size(pair: Any) -> None:
 
 
 @pytest.fixture
-def copy(voc: Path, tmp_path: Path) -> Path:
-    marker = next(path for path in (voc, *voc.parents) if any(path.glob(".*json")) or path.parent == voc.parent.parent)
-    return tmp_path / "data" / voc.relative_to(shutil.copytree(marker, tmp_path / "data") and marker)
+def copy(tmp_path: Path) -> Path:
+    return synth("voc21", tmp_path / "data", images=IMAGES, size=(64, 96))  # the same images as in voc
 
 
 @pytest.mark.parametrize(
@@ -486,7 +487,27 @@ def test_no_image_can_be_read(copy: Path, weights: str, tmp_path: Path) -> None:
         break_image(pair)
     options = {"data_root": copy, "results": tmp_path / "r", "workers": 0, "gallery": 0, "on_error": "skip"}
     code, message = outcome(lambda: ovbench.run(spec(weights), **options))
-    assert code == 3 and "is cut off" in message
+    assert code == 3 and message.startswith("None of 7 images can be read; the first: ") and "is cut off" in message
+
+
+def test_the_command_line_lists_what_was_skipped(
+    copy: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = benchmarks.get("voc21").pairs(copy)[2]
+    no_image(pair)
+    command = [
+        "run", "-m", "clip", "-d", "voc21", "--data-root", str(copy), "--weights", weights, "--prompts", "plain",
+        "-p", "common", "--short-side", "96", "--crop", "96", "--stride", "96", "--results", str(tmp_path / "r"),
+        "--workers", "0", "--gallery", "0", "--limit", "4", "--device", "cpu",
+    ]  # fmt: skip
+    assert run_command([*command, "--on-error", "skip"]) == 0
+    out, said = capsys.readouterr()
+    assert f"skipped  {pair.image.name}: " in out and "1 of 4 images failed and were skipped" in out
+    assert f"Skipped: '{pair.image}'" in said
+    assert run_command([*command, "--on-error", "perhaps"]) == 2 and "give 'stop' or 'skip'" in capsys.readouterr().err
+    [record] = store.load_all(tmp_path / "r")
+    again = verify(record, store.record_path(record, tmp_path / "r"), Given(data_root=copy, weights=Path(weights)))
+    assert again.equal and again.images == 3
 
 
 def test_batches_do_not_depend_on_what_is_done() -> None:

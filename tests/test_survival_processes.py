@@ -98,12 +98,19 @@ def test_a_schedulers_signal_to_the_whole_group(
     ended_well(results, whole)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "launcher"), [(2, "slurm"), (3, "pytorch")])
 def test_any_number_of_processes_finds_the_same(
-    world: int, processes: Processes, weights: str, voc: Path, tmp_path: Path, whole: RunRecord
+    world: int, launcher: str, processes: Processes, weights: str, voc: Path, tmp_path: Path, whole: RunRecord
 ) -> None:
     results = tmp_path / "r"
-    options = {"data_root": voc, "results": results, "gallery": 3, "save_predictions": True, "workers": 0}
+    options = {
+        "data_root": voc,
+        "results": results,
+        "gallery": 3,
+        "save_predictions": True,
+        "workers": 0,
+        "launcher": launcher,
+    }
     started = processes.ranks(world, spec(weights), **options)
     assert [told(*one) for one in started] == [(0, "")] * world
     record = ended_well(results, whole)
@@ -121,8 +128,9 @@ def test_a_dead_process_ends_all_and_one_alone_resumes(
 ) -> None:
     results = tmp_path / "r"
     options = {"data_root": voc, "results": results, "gallery": 0, "workers": 0}
-    started = processes.ranks(3, spec(weights), slow=1.0, env={"OVBENCH_PEER_TIMEOUT": "5"}, **options)
-    until(results, 2)
+    started = processes.ranks(3, spec(weights), slow=2.5, env={"OVBENCH_PEER_TIMEOUT": "5"}, **options)
+    while not any(path.read_bytes().count(b'"classes"') for path in results.rglob("*.rank1.areas.jsonl")):
+        time.sleep(0.02)  # until it has done one of its two images
     started[1][0].kill()
     (first, message), dead, (third, heard) = [told(*one) for one in started]
     assert (first, dead[0], third) == (5, -signal.SIGKILL, 5)

@@ -288,11 +288,11 @@ class Benchmark:
         Raises:
             DataError: No data, or files are missing where they may not.
         """
-        found = self.scan(root)
-        absent = [*found.missing_images, *found.missing_labels] if incomplete and found.pairs else []
+        found = self.scan(root) if incomplete else None
+        absent = [] if found is None else [*found.missing_images, *found.missing_labels]
         split = "" if self.split == "val" else f"{self.split}\n"  # fingerprints of val are older than splits
         digest = hashlib.sha256(f"{self.name}\n{self.version}\n{split}".encode())
-        for pair in found.pairs if absent else self.pairs(root):
+        for pair in found.pairs if found is not None and absent and found.pairs else self.pairs(root):
             digest.update(f"{pair.stem}\t{os.path.getsize(pair.image)}\t{os.path.getsize(pair.label)}\n".encode())
         for name in absent:
             digest.update(f"{name}\tmissing\n".encode())

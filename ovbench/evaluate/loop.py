@@ -98,7 +98,8 @@ class Images(Dataset[Any]):
             if not isinstance(sample, Failed):
                 return sample
             failed = failed or sample
-        raise DataError("There is no image.") if failed is None else failed.error
+        reason = "there is none" if failed is None else failed.error
+        raise DataError(f"None of {len(self)} images can be read; the first: {reason}")
 
 
 def batches(count: int, size: int, done: Collection[int]) -> list[list[int]]:

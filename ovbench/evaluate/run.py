@@ -103,7 +103,6 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
     chosen = replace(RunOptions(), **options)
     if chosen.on_error not in ("stop", "skip"):
         raise UsageError(f"on_error is {chosen.on_error!r}; give 'stop' or 'skip'.")
-    store.ensure_writable(chosen.results)
     team = ranks.join(chosen.launcher)
     if not team.lead:  # one speaks for all
         chosen = replace(chosen, on_images=lambda done, total: None, on_message=lambda text: None)
@@ -173,6 +172,7 @@ def _evaluate(state: _State) -> None:
 
     spec, options = state.spec, state.options
     method_info(spec.method)  # unknown names before any work
+    store.ensure_writable(options.results)
     state.benchmark = benchmark = benchmarks.get(spec.dataset)
     with state.team.first_alone():  # which fetches and makes what is not there yet
         root, synthetic = data_of(benchmark, spec, options.data_root)
