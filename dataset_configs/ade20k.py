@@ -31,6 +31,11 @@ train = dict(
     stems=["ADE_train_{i:08d}"],
 )
 
+downloads = dict(
+    val=["ADEChallengeData2016.zip"],
+    train=["ADEChallengeData2016.zip"],
+)
+
 synth = dict(
     home="ADEChallengeData2016",
     stems=["ADE_val_{i:08d}"],

@@ -16,6 +16,7 @@ benchmark = dict(
     "datasets/prepare_ade20k_full_sem_seg.py: 16-bit .tif, 0..846 = classes, 65535 = every other object and unlabelled",
     zero_in_most=False,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(
@@ -26,6 +27,10 @@ dataset = dict(
     seg_map_suffix=".tif",
     reduce_zero_label=False,
     ignore_index=65535,
+)
+
+downloads = dict(
+    val=["ADE20K_2021_17_01.zip"],
 )
 
 synth = dict(

@@ -13,6 +13,7 @@ benchmark = dict(
     "csCreateTrainIdLabelImgs (the *_labelIds.png of the archive are another numbering)",
     zero_in_most=False,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(
@@ -23,6 +24,10 @@ dataset = dict(
     seg_map_suffix="_gtFine_labelTrainIds.png",
     reduce_zero_label=False,
     ignore_index=255,
+)
+
+downloads = dict(
+    val=["leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"],
 )
 
 synth = dict(

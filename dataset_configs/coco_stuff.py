@@ -13,6 +13,7 @@ benchmark = dict(
     "tools/dataset_converters/coco_stuff164k.py (ids 0..181 with gaps become 0..170, 255 = unlabelled)",
     zero_in_most=False,
     has_255=True,
+    ignored_in_most=True,
     # Ids that no label map has before the conversion: a copy in which none of them occurs may be unconverted.
     raw_gaps=[11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90],
 )
@@ -32,6 +33,11 @@ train = dict(
     ann_file="",
     expected_images=118287,
     stems=["{i:012d}"],
+)
+
+downloads = dict(
+    val=["val2017.zip", "stuffthingmaps_trainval2017.zip"],
+    train=["train2017.zip", "stuffthingmaps_trainval2017.zip"],
 )
 
 synth = dict(

@@ -34,6 +34,11 @@ train = dict(
     stems=["COCO_train2014_{i:012d}"],
 )
 
+downloads = dict(
+    val=["cocostuff-10k-v1.1.zip"],
+    train=["cocostuff-10k-v1.1.zip"],
+)
+
 synth = dict(
     home="",
     # The test images are from COCO's train2014 as well.

@@ -30,6 +30,10 @@ dataset = dict(
     ignore_index=65535,
 )
 
+downloads = dict(
+    val=["VOCtrainval_03-May-2010.tar", "trainval.tar.gz", "pascalcontext_val.txt"],
+)
+
 synth = dict(
     home="VOCdevkit/VOC2010",
     stems=["2008_{i:06d}", "2009_{i:06d}"],

@@ -33,6 +33,11 @@ train = dict(
     stems=["2010_{i:06d}"],
 )
 
+downloads = dict(
+    val=["VOCtrainval_03-May-2010.tar", "trainval_merged.json"],
+    train=["VOCtrainval_03-May-2010.tar", "trainval_merged.json"],
+)
+
 synth = dict(
     home="VOCdevkit/VOC2010",
     stems=["2008_{i:06d}", "2009_{i:06d}"],

@@ -26,6 +26,10 @@ dataset = dict(
     ignore_index=255,
 )
 
+downloads = dict(
+    val=["VOCtrainval_03-May-2010.tar", "trainval_merged.json"],
+)
+
 synth = dict(
     home="VOCdevkit/VOC2010",
     stems=["2008_{i:06d}", "2009_{i:06d}"],

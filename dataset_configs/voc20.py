@@ -17,6 +17,7 @@ benchmark = dict(
     "1..20 = objects, 255 = object borders",
     zero_in_most=True,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(
@@ -27,6 +28,10 @@ dataset = dict(
     seg_map_suffix=".png",
     reduce_zero_label=True,
     ignore_index=255,
+)
+
+downloads = dict(
+    val=["VOCtrainval_11-May-2012.tar"],
 )
 
 synth = dict(

@@ -18,6 +18,7 @@ benchmark = dict(
     "1..20 = objects, 255 = object borders",
     zero_in_most=True,
     has_255=True,
+    ignored_in_most=True,
 )
 
 dataset = dict(
@@ -30,6 +31,10 @@ dataset = dict(
     ignore_index=255,
     # Objects first, the background last.
     raw_ids=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 0],
+)
+
+downloads = dict(
+    val=["VOCtrainval_11-May-2012.tar"],
 )
 
 synth = dict(

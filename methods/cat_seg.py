@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import OPENAI_MEAN, from_openai_format, load_clip, read_state_dict
+from ovbench.backbones.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.cost_aggregation import checkpoint
 from ovbench.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
 from ovbench.cost_aggregation.losses import binary_cross_entropy

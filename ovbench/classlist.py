@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovbench.errors import UsageError
+from ovbench.paths import user_path
 
 Classes = Sequence[str | Sequence[str]]  # each a word or a list of words
 LIST_SUFFIXES = {".txt", ".csv", ".lst"}
@@ -74,7 +75,7 @@ def read(classes: str) -> list[ClassEntry]:
     Raises:
         UsageError: Nothing in it, or a file that is not there.
     """
-    path = Path(classes).expanduser()
+    path = user_path(classes)
     if _is_file(path):
         return read_file(path)
     if path.suffix in LIST_SUFFIXES or "/" in classes:

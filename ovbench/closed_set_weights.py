@@ -5,19 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ovbench import trained_weights
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.encoders import encoder
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.closed_set import ClosedSetMethod, ClosedSetModel, ClosedSetNetwork
 from ovbench.compat import import_mmseg, quiet_mmengine
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.model import require_device
+from ovbench.paths import user_path
 from ovbench.registry import closed_set_class, method_info
 from ovbench.spec import DType, Protocol, validated
 from ovbench.spec import protocol as preset
@@ -91,7 +91,7 @@ def load_network(
         UsageError: Unknown names.
         WeightsError: A file that cannot be read, or does not fit method, encoder or classes.
     """
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if weights in {"openai", "builtin"}:
         raise UsageError(
             f"'{name}' is trained on the classes of a benchmark: give its trained weights with --weights FILE "

@@ -128,6 +128,10 @@ class Method(nn.Module):
         """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
         self.clip.use_precision(dtype)
 
+    def cache_proposals(self, limit: int) -> None:
+        """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""
+        raise UsageError(f"{type(self).__name__} proposes no masks: leave --cache-masks away.")
+
     def features(self, images: Tensor) -> Tensor:
         """Dense features (B, h, w, D), not normalised, of normalised images (B, 3, H, W)."""
         raise NotImplementedError

@@ -212,7 +212,7 @@ class OpenVocabModel(WindowedModel):
     def dense_features(self, image: Tensor) -> Tensor:
         """Dense features (h, w, D), float32, not normalised, of one whole RGB image (3, H, W)."""
         _check_images(image[None])
-        with self._precision():
+        with self.precision():
             return self.method.features(self.network_input(image[None]))[0].float()
 
 

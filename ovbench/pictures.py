@@ -5,6 +5,7 @@ Reading and resizing are OpenCV's, as in mmseg's pipeline, so that ``predict`` a
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,24 @@ def require_complete(path: Path, content: bytes) -> None:
         )
 
 
+def require_size(path: Path, content: bytes) -> None:
+    """Nothing, if an image file's header does not ask for more memory than a picture takes.
+
+    Raises:
+        DataError: It has more pixels than Pillow allows (some 180 million).
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = image.width * image.height
+    except Image.DecompressionBombError as error:
+        raise DataError(f"'{path}': {error}") from None
+    except Exception:  # not a format of Pillow's, or damaged: the decoder decides
+        return
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    if most and pixels > most:
+        raise DataError(f"'{path}' has {pixels} pixels, more than {most}: it is damaged, or no picture to be read.")
+
+
 def read_rgb(path: Path) -> UInt8:
     """An image file as uint8 (H, W, 3) RGB, its EXIF rotation applied.
 
@@ -53,6 +72,7 @@ def read_rgb(path: Path) -> UInt8:
     except OSError as error:
         raise DataError(f"Cannot read the image '{path}': {error.strerror}.") from None
     require_complete(path, content)
+    require_size(path, content)
     bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     if bgr is None:
         raise DataError(f"'{path}' is not an image that can be read (JPEG, PNG, WebP, TIFF or BMP).")

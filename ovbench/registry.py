@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -25,17 +26,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ovbench.errors import OvbenchError, UsageError, unknown_name
-from ovbench.paths import methods_dir
+from ovbench.errors import OvbenchError, OvbenchWarning, UsageError, unknown_name
+from ovbench.paths import methods_dir, user_path
 
 if TYPE_CHECKING:
     from ovbench.closed_set import ClosedSetMethod
     from ovbench.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
-OPEN_VOCABULARY, CLOSED_SET = "open-vocabulary", "closed-set"  # tracks
+OPEN_VOCABULARY, MASK_BASED, CLOSED_SET = "open-vocabulary", "mask-based", "closed-set"  # tracks
 # By class of the base, what a method of it must override one of.
 _BASES = {
+    "ovbench.mask_method.MaskMethod": ("classify",),
     "ovbench.method.Method": ("features", "patch_logits"),
     "ovbench.closed_set.ClosedSetMethod": ("model_config",),
 }
@@ -55,7 +57,8 @@ class MethodInfo:
         summary: One line for ``ovbench list methods``.
         paper: Authors, title or arXiv number.
         protocol: The preset that ``--protocol paper`` means for this method.
-        track: ``open-vocabulary``: any words; ``closed-set``: the classes it was trained on.
+        track: ``open-vocabulary``: any words at every pixel; ``mask-based``: any words for masks of a generator;
+            ``closed-set``: the classes it was trained on.
         source: The file, for methods that are not part of ovbench.
         source_sha256: Its hash, for the record: no commit of ovbench tells what is in it.
     """
@@ -120,7 +123,7 @@ def method_info(name: str) -> MethodInfo:
     Raises:
         UsageError: No such method; names the nearest ones. No such file, or no such class in it.
     """
-    if _is_path(name):
+    if is_path(name):
         return _of_file(name)[0]
     methods = _methods()
     name = ALIASES.get(name, name)
@@ -170,7 +173,7 @@ def class_of(name: str) -> type[Any]:
         UsageError: No such method, or a file that cannot be run or holds no such method; with file and line.
         OvbenchError: The module of a registered method does not hold the promised class.
     """
-    if _is_path(name):
+    if is_path(name):
         info, content = _of_file(name)
         module = _run_file(info, content)
     else:
@@ -199,11 +202,13 @@ def own_frame(error: BaseException) -> str | None:
     return None
 
 
+# Hashes of the files that the user was told of; processes inherit it.
+_ANNOUNCED = "OVBENCH_TOLD_OF_CODE"
 # Modules of own files by path and content: an edited file is run again, an unchanged one is the same class.
 _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether a method is given as a file: ``PATH.py``, ``PATH.py:Class``, or anything with a folder in it."""
     return name.partition(":")[0].endswith(".py") or ".py:" in name or "/" in name or os.sep in name
 
@@ -213,7 +218,7 @@ def _of_file(name: str) -> tuple[MethodInfo, bytes]:
     given, colon, cls = name.rpartition(":")
     if not colon or not given or "/" in cls or os.sep in cls:
         given, cls = name, ""
-    path = Path(os.path.abspath(Path(given).expanduser()))
+    path = Path(os.path.abspath(user_path(given)))
     if path.suffix != ".py" or not path.is_file():
         there = "is a folder" if path.is_dir() else "is no .py file" if path.is_file() else "does not exist"
         raise UsageError(
@@ -281,6 +286,7 @@ def _run_file(info: MethodInfo, content: bytes) -> ModuleType:
     key = (str(info.source), str(info.source_sha256))
     if key in _loaded:
         return _loaded[key]
+    _say_that_it_runs(info)
     name = f"ovbench_own_{info.name.partition(':')[0]}_{key[1][:12]}"
     module = ModuleType(name)
     module.__file__ = key[0]
@@ -297,6 +303,15 @@ def _run_file(info: MethodInfo, content: bytes) -> ModuleType:
             f"The method file '{info.module}' cannot be run: {type(error).__name__}: {error} ({frame}).{hint}"
         ) from error
     return module
+
+
+def _say_that_it_runs(info: MethodInfo) -> None:
+    """A warning before the code of a file is run, once for the command and the processes that it starts."""
+    told = os.environ.get(_ANNOUNCED, "").split()
+    digest = str(info.source_sha256)
+    if digest not in told:
+        os.environ[_ANNOUNCED] = " ".join([*told, digest])
+        warnings.warn(f"'{info.source}' is code and is run now, with all your rights.", OvbenchWarning, stacklevel=4)
 
 
 def _require_method(found: object, info: MethodInfo) -> type:
@@ -316,7 +331,9 @@ def _require_method(found: object, info: MethodInfo) -> type:
         raise UsageError(f"{what} derives from {name}, but its track is '{info.track}': give the right one in METHODS.")
     cls: type = found  # type: ignore[assignment]
     if all(getattr(cls, wanted) is getattr(bases[name], wanted) for wanted in _BASES[name]):
-        gives = "gives a method's dense features" if name.endswith(".Method") else "gives the network"
+        gives = {"features": "gives a method's dense features", "classify": "says what is in each mask"}.get(
+            _BASES[name][0], "gives the network"
+        )
         raise UsageError(f"{what} does not override {_BASES[name][0]}(), which {gives}.")
     return cls
 

@@ -18,6 +18,7 @@ from ovbench.closed_set_weights import build_closed_set_model
 from ovbench.compat import import_mmseg
 from ovbench.errors import RunError, UsageError
 from ovbench.model import build_model
+from ovbench.ops.panoptic import Segments, segments_of_labels
 from ovbench.registry import CLOSED_SET, method_info, method_names
 from ovbench.windowed import WindowedModel
 
@@ -109,7 +110,12 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
         return labels
 
     def predict(self, inputs: Any, data_samples: Any = None) -> list[Any]:
-        """Data samples with ``pred_sem_seg`` (1, H, W) at each image's original size (``ori_shape``)."""
+        """Data samples with ``pred_sem_seg`` (1, H, W) at each image's original size (``ori_shape``).
+
+        A model with ``gives_segments`` is asked by ``predict(images, sizes, names, truths)`` for (labels, segments) per
+        image, ``truths`` being the :class:`~ovbench.ops.panoptic.Segments` of :meth:`truth_of`; its segments become
+        ``pred_panoptic``.
+        """
         images = list(inputs)
         samples = data_samples if data_samples is not None else [SegDataSample() for _ in images]
         sizes = [
@@ -117,9 +123,22 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
             for sample, image in zip(samples, images, strict=True)
         ]
         names = [str(sample.metainfo.get("img_path", index)) for index, sample in enumerate(samples)]
-        for sample, labels in zip(samples, self.model.predict_labels(images, sizes, names), strict=True):
+        if getattr(self.model, "gives_segments", False):
+            predicted = self.model.predict(images, sizes, names, [self.truth_of(sample) for sample in samples])
+        else:
+            predicted = [(labels, None) for labels in self.model.predict_labels(images, sizes, names)]
+        for sample, (labels, segments) in zip(samples, predicted, strict=True):
             sample.set_data({"pred_sem_seg": PixelData(data=labels[None])})
+            if segments is not None:
+                sample.set_data({"pred_panoptic": segments})
         return list(samples)
+
+    def truth_of(self, sample: Any) -> Segments | None:
+        """The true segments of a data sample: ``gt_panoptic``, else one per class of ``gt_sem_seg``, else None."""
+        given: Segments | None = sample.get("gt_panoptic")
+        if given is None and "gt_sem_seg" in sample:
+            return segments_of_labels(sample.gt_sem_seg.data[0], self.model.num_classes)
+        return given
 
     def encode_decode(self, inputs: Any, batch_img_metas: Any) -> Tensor:
         """Cosine logits (B, Q, h, w) of images of one size."""

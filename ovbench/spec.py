@@ -8,6 +8,7 @@ them is in :class:`RunOptions` and is not.
 from __future__ import annotations
 
 import json
+import reprlib
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -44,8 +45,10 @@ class Protocol(BaseModel):
         description="input that is no multiple of the patch size: drop the rest at the right and bottom, as plain "
         "CLIP does, or pad with the mean colour on both sides and cut the logits back",
     )
-    pos_interp: Literal["offset", "size"] = Field(
-        "offset", description="bicubic position embeddings by scale (h + 0.1)/g, as public numbers used, or to the size"
+    pos_interp: Literal["offset", "size", "bilinear"] = Field(
+        "offset",
+        description="position embeddings: bicubic by scale (h + 0.1)/g, as public numbers used; bicubic to the size; or "
+        "bilinear to the size",
     )
     logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
     prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")
@@ -230,6 +233,11 @@ class RunSpec(BaseModel):
         return sha256_of(content)
 
 
+# Values of strangers may be nested in themselves, or endless.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+
+
 def validated(model: type[Any], fields: dict[str, Any]) -> Any:
     """An instance of a pydantic model, its complaints turned into one clear ``UsageError``."""
     from pydantic import ValidationError
@@ -240,5 +248,5 @@ def validated(model: type[Any], fields: dict[str, Any]) -> Any:
         lines = []
         for item in error.errors():
             where = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-") if item["loc"] else "spec"
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})")
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {_SHORT.repr(item['input'])})")
         raise UsageError("; ".join(lines)) from None

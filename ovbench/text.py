@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.frozen_clip import FrozenCLIP
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
-from ovbench.paths import cache_dir
+from ovbench.paths import cache_dir, user_path
 from ovbench.prompts import Prompts, described
 
 PROMPTS_PER_BATCH = 256  # fixed, so that an embedding never depends on free memory
@@ -79,20 +79,23 @@ def templates(name: str) -> list[str]:
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
         return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         raise UsageError(
             f"Unknown prompts '{name}': give imagenet80, plain, lsmseg, lsmseg:ATTRIBUTE+ATTRIBUTE, a .json file of "
             "descriptions, or a file with one template per line."
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the templates '{name}': {error}.") from None
     bad = next((line for line in lines if line.count("{}") != 1), None)
     if bad is not None or not lines:
         raise UsageError(f"Templates in '{name}': every line needs exactly one '{{}}' for the word; got {bad!r}.")
     return lines
 
 
-def embed_words(clip: DenseCLIP, words: Sequence[str], prompts: Prompts | Sequence[str]) -> Tensor:
+def embed_words(clip: FrozenCLIP, words: Sequence[str], prompts: Prompts | Sequence[str]) -> Tensor:
     """Text embeddings (Q, D), float32, L2-normalised, of class words; cached in memory and on disk by content.
 
     The cache key holds the weights' hash, the activation, every word with its sentences, and the kind of device: two
@@ -155,7 +158,7 @@ def _write(path: Path, embeddings: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _embed(clip: DenseCLIP, words: Sequence[str], sentences: Sequence[Sequence[str]]) -> Tensor:
+def _embed(clip: FrozenCLIP, words: Sequence[str], sentences: Sequence[Sequence[str]]) -> Tensor:
     device = next(clip.parameters()).device
     of_word = dict(zip(words, sentences, strict=True))
     texts = [text for group in of_word.values() for text in group]
@@ -173,7 +176,7 @@ def _embed(clip: DenseCLIP, words: Sequence[str], sentences: Sequence[Sequence[s
     return mean[[place[word] for word in words]].clone()
 
 
-def _require_short(clip: DenseCLIP, of_word: dict[str, Sequence[str]], texts: Sequence[str], tokens: Tensor) -> None:
+def _require_short(clip: FrozenCLIP, of_word: dict[str, Sequence[str]], texts: Sequence[str], tokens: Tensor) -> None:
     """Nothing, if the tokenizer has cut no text: ``tokens`` (n, context) are those of ``texts``.
 
     Raises:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ovbench.errors import RunError, WeightsError
+from ovbench.registry import is_path
 
 KEY = "ovbench"  # of the header's metadata
 
@@ -69,7 +70,15 @@ def require_method(about: About, method: str) -> None:
 
 
 def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """The options that a network was trained with, of a record's options, which also hold what was found out."""
+    """The options that a network was trained with, of a record's options, which also hold what was found out.
+
+    Raises:
+        WeightsError: They name a method from a file: a file of weights does not decide which code is run.
+    """
+    if is_path(str(recorded.get("base", ""))):
+        raise WeightsError(
+            f"The weights name the file '{recorded['base']}' as their base method: give --option base=NAME."
+        )
     known = {field.name for field in fields(cls.Config)}
     return {key: value for key, value in recorded.items() if key in known and value is not None}
 
@@ -88,7 +97,7 @@ def read_about(path: Path) -> About | None:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
         return None if text is None else About(**json.loads(text))
-    except (ValidationError, ValueError, TypeError) as error:
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise WeightsError(f"What '{path}' says of itself cannot be read: {str(error).splitlines()[0]}.") from error
     except Exception as error:  # safetensors' own kinds
         raise WeightsError(f"Cannot read weights from '{path}': {str(error).splitlines()[0]}.") from error

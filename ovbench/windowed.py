@@ -160,7 +160,7 @@ class WindowedModel(nn.Module):
             if self.window_batch and len(jobs) < self.window_batch:
                 crops = torch.cat([crops, crops.new_zeros(self.window_batch - len(jobs), *crops.shape[1:])])
             batch = self.network_input(crops)
-        with self.stage(self.network_stage), self._precision():
+        with self.stage(self.network_stage), self.precision():
             result = self.run_network(batch)
             logits, attention = result if isinstance(result, tuple) else (result, None)
             logits = logits[: len(jobs)].float()
@@ -174,7 +174,8 @@ class WindowedModel(nn.Module):
             )
         return logits, attention
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to the model's dtype, under which its networks run."""
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])

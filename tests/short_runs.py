@@ -45,7 +45,7 @@ def _child(fields: dict[str, Any], options: dict[str, Any], env: dict[str, str],
     import torch
 
     import ovbench
-    from ovbench.cli.run import _terminable
+    from ovbench.cli.run import terminable
     from ovbench.evaluate.loop import Monitor
 
     torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def _child(fields: dict[str, Any], options: dict[str, Any], env: dict[str, str],
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run() -> None:
-        with _terminable():
+        with terminable():
             ovbench.run(fields, **options)
 
     code, message = outcome(run)

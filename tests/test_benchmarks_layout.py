@@ -30,6 +30,8 @@ def _make_split(root: Path, benchmark: Benchmark, stems: tuple[str, ...]) -> Pat
     if layout.split_file:
         (root / layout.split_file).parent.mkdir(parents=True, exist_ok=True)
         (root / layout.split_file).write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
+    if layout.panoptic_file:
+        (root / layout.panoptic_file).touch()
     return root
 
 
@@ -232,7 +234,9 @@ def test_a_split_that_is_not_there_is_explained() -> None:
     with pytest.raises(UsageError, match=r"Unknown split 'test'"):
         benchmarks.get("ade20k").for_split("test")
     assert benchmarks.with_split("val") == ALL
-    assert benchmarks.with_split() == ["context59", "coco_stuff", "ade20k", "coco_stuff10k"]
+    assert benchmarks.with_split() == [
+        "context59", "coco_stuff", "ade20k", "coco_stuff10k", "coco_panoptic", "ade20k_panoptic", "mapillary"
+    ]  # fmt: skip
 
 
 def test_train_ids_with_and_without_a_reduced_zero() -> None:

@@ -20,7 +20,8 @@ from ovbench.paths import config_dir
 
 EIGHT = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 MORE = ("coco_stuff10k", "ade847", "context459", "voc20b")
-ALL = (*EIGHT, *MORE)
+PANOPTIC = ("coco_panoptic", "ade20k_panoptic", "mapillary")
+ALL = (*EIGHT, *MORE, *PANOPTIC)
 
 # id -> (classes, official images, background class, 0 ignored), as the evaluation protocol has them
 PROTOCOL = {
@@ -36,8 +37,19 @@ PROTOCOL = {
     "ade847": (847, 2000, False, False),
     "context459": (459, 5104, False, False),
     "voc20b": (21, 1449, False, False),
+    "coco_panoptic": (133, 5000, False, False),
+    "ade20k_panoptic": (150, 2000, False, False),
+    "mapillary": (65, 2000, False, False),
 }
-TRAIN = {"ade20k": 20210, "context59": 4998, "coco_stuff": 118287, "coco_stuff10k": 9000}
+TRAIN = {
+    "ade20k": 20210,
+    "context59": 4998,
+    "coco_stuff": 118287,
+    "coco_stuff10k": 9000,
+    "coco_panoptic": 118287,
+    "ade20k_panoptic": 20210,
+    "mapillary": 18000,
+}
 
 
 def _shared_classes() -> Path:
@@ -52,6 +64,7 @@ def test_the_eight_are_there_in_the_order_of_papers() -> None:
     assert tuple(benchmarks.names()) == ALL
     assert benchmarks.names("large-vocabulary") == ["ade847", "context459", "voc20b"]
     assert benchmarks.names("closed-set") == ["coco_stuff10k"]
+    assert tuple(benchmarks.names("panoptic")) == PANOPTIC
 
 
 def test_training_splits_have_their_official_sizes() -> None:
@@ -234,6 +247,17 @@ def test_a_broken_config_names_all_its_faults() -> None:
         ("ade20k", "dataset", {"ignore_index": 65535, "reduce_zero_label": False}, "not trained on"),
         ("ade20k", "train", {"expected_images": 0}, r"train\.expected_images is 0"),
         ("ade20k", "train", {"pattern": "x"}, r"unknown key train\.pattern"),
+        ("ade20k", "dataset", {"panoptic_file": "x.json"}, r"dataset\.panoptic_file needs a section panoptic"),
+        ("ade20k", "synth", {"label_mode": "RGB"}, "RGB is for labels that are segments"),
+        ("mapillary", "panoptic", {"category_ids": "1-64"}, "an id for each of 65 classes"),
+        ("mapillary", "panoptic", {"category_ids": "1-64, 64"}, r"panoptic\.category_ids is '1-64, 64'"),
+        ("mapillary", "panoptic", {"category_ids": "a-b"}, r"panoptic\.category_ids is 'a-b'"),
+        ("mapillary", "panoptic", {"things": "60-65"}, r"panoptic\.things must be labels 0\.\.64"),
+        ("mapillary", "panoptic", {"exact_areas": 1}, r"panoptic\.exact_areas is 1"),
+        ("mapillary", "dataset", {"type": "BaseSegDataset"}, "need type PanopticDataset"),
+        ("mapillary", "dataset", {"reduce_zero_label": True}, "need type PanopticDataset"),
+        ("mapillary", "dataset", {"ann_file": "val.txt"}, "neither raw_ids nor an ann_file"),
+        ("mapillary", "synth", {"label_mode": "L"}, r"synth\.label_mode must be RGB"),
     ],
 )
 def test_contradictions_in_a_config_are_named(name: str, section: str, change: dict[str, Any], message: str) -> None:

@@ -285,7 +285,9 @@ def test_both_splits_and_labels_without_image(tmp_path: Path) -> None:
     assert [split.split for split in val_alone.splits] == ["val"] and not (tmp_path / "out2/images/train2017").exists()
 
 
-@pytest.mark.parametrize("name", ["voc21", "voc20", "voc20b", "ade20k"])
+@pytest.mark.parametrize(
+    "name", ["voc21", "voc20", "voc20b", "ade20k", "coco_panoptic", "ade20k_panoptic", "mapillary"]
+)
 def test_nothing_to_convert(name: str, tmp_path: Path) -> None:
     benchmarks_synth = runner.invoke(app, ["synth", name, "--images", "4", "--out", str(tmp_path / "made")])
     assert benchmarks_synth.exit_code == 0
@@ -296,6 +298,32 @@ def test_nothing_to_convert(name: str, tmp_path: Path) -> None:
     made = prepare(name, [archive], tmp_path / "out")
     assert made.copied > 0 and made.converted == 0
     require_equal(labels_of(name, tmp_path / "out"), labels_of(name, tmp_path / "made"))
+
+
+def test_coco_panoptic_from_its_archives(tmp_path: Path) -> None:
+    """As they are fetched: images, the json in one archive, the PNGs in another that lies in it."""
+    made = tmp_path / "made" / "coco_panoptic"
+    assert runner.invoke(app, ["synth", "coco_panoptic", "--images", "4", "--out", str(made.parent)]).exit_code == 0
+    parts = {
+        "val2017": made / "val2017",
+        "annotations": made / "annotations",
+        "panoptic_val2017": made / "annotations/panoptic_val2017",
+    }
+    archives = []
+    for name, folder in parts.items():
+        path = tmp_path / f"{name}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                if file.is_file():
+                    archive.write(file, f"{name}/{file.name}")
+        archives.append(path)
+    done = prepare("coco_panoptic", archives, tmp_path / "out")
+    assert (done.copied, done.converted) == (9, 0)
+    assert benchmarks.get("coco_panoptic").fingerprint(tmp_path / "out") == benchmarks.get("coco_panoptic").fingerprint(
+        made
+    )
+    with pytest.raises(DataError, match=r"no 'annotations/panoptic_val2017\.json'.*panoptic_annotations_trainval2017"):
+        prepare("coco_panoptic", [archives[0], archives[2]], tmp_path / "other")
 
 
 def test_the_usual_one_of_two_voc_copies(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from ovbench.benchmarks.synth import MARKER, is_synthetic, known_classes, synth
 from ovbench.benchmarks.synth_classes import SHOWN, number, occurrences
 from ovbench.errors import DataError, UsageError
 
-ALL = benchmarks.names()
+ALL = [
+    name for name in benchmarks.names() if name not in benchmarks.names("panoptic")
+]  # those in test_panoptic_data.py
 
 
 @pytest.fixture(scope="module")

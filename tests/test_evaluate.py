@@ -58,6 +58,25 @@ def plain(weights: str, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return ovbench.run(spec(weights), data_root=voc, results=results, save_predictions=True, workers=0), results
 
 
+def test_a_run_in_low_precision_counts_operations(
+    plain: tuple[RunRecord, Path], weights: str, voc: Path, tmp_path: Path
+) -> None:
+    """They are counted behind the evaluation, where a fault would cost the whole run."""
+    low = ovbench.run(spec(weights, dtype="bfloat16", limit=1), data_root=voc, results=tmp_path, gallery=0, workers=0)
+    before, after = plain[0].efficiency, low.efficiency
+    assert before is not None and after is not None and after.gmacs == before.gmacs
+
+
+def test_a_file_of_areas_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = {"run_id": "r", "spec_hash": "a", "dataset_fingerprint": "b", "started": "c"}
+    first = Shard(tmp_path / "r.areas.jsonl", header, 2)
+    monkeypatch.setattr("ovbench.evaluate.shards.PATIENCE_S", 0.0)
+    with pytest.raises(RunError, match="Another process is evaluating"):
+        Shard(tmp_path / "r.areas.jsonl", header, 2)
+    first.close()
+    Shard(tmp_path / "r.areas.jsonl", header, 2).close()
+
+
 def test_record_and_files(plain: tuple[RunRecord, Path], voc: Path) -> None:
     record, results = plain
     path = store.record_path(record, results)
@@ -111,7 +130,7 @@ def test_whole_non_square_images(weights: str, voc: Path, tmp_path: Path) -> Non
     assert len(sides) == 2 and min(sides) == 112  # 100 padded to whole patches, 133 to 144
 
 
-@pytest.mark.parametrize("dataset", ["ade20k", "coco_object"])
+@pytest.mark.parametrize("dataset", ["ade20k", "coco_object", "mapillary"])
 def test_dumped_config_in_plain_mmseg(
     dataset: str, weights: str, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

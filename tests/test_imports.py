@@ -17,17 +17,17 @@ REPO = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("_version", "errors", "hashing", "paths"),
     ("compat", "ops", "profile", "pictures", "colours", "classlist", "builtin", "registry", "prompts"),
-    ("spec", "backbones", "benchmarks", "cost_aggregation"),
+    ("spec", "backbones", "mask_generators", "benchmarks", "cost_aggregation"),
     ("text", "method", "results"),
     ("windowed", "trained_weights"),
-    ("closed_set",),
+    ("closed_set", "mask_method"),
     ("methods", "model", "report", "builtin.train", "builtin.evaluation", "builtin.corpus", "builtin.readouts"),
-    ("mmseg_models", "view_model"),
+    ("mmseg_models", "view_model", "mask_model"),
     ("closed_set_weights",),
     ("segmentor",),
     ("profile.report", "profile.subject", "profile.measure", "profile.job", "profile.launch"),
     ("evaluate",),
-    ("train",),
+    ("train", "sweep"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -36,7 +36,22 @@ RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MM = {"mmseg", "mmengine", "mmcv", "cv2"}
 # What parts of the suite must never import, at any level, and why.
 NEVER = {
-    **dict.fromkeys(("ops", "backbones", "methods", "method", "profile", "text", "model", "windowed"), MM),
+    **dict.fromkeys(
+        (
+            "ops",
+            "backbones",
+            "mask_generators",
+            "methods",
+            "method",
+            "profile",
+            "text",
+            "model",
+            "windowed",
+            "mask_method",
+            "mask_model",
+        ),
+        MM,
+    ),
     **dict.fromkeys(
         ("errors", "paths", "registry", "spec", "results", "report"), MM | {"torch", "torchvision", "open_clip"}
     ),
@@ -148,10 +163,13 @@ QUICK = [
     ("run", "--help"),
     ("predict", "--help"),
     ("train", "--help"),
+    ("sweep", "--help"),
     ("list",),
     ("table",),
     ("compare", "--help"),
     ("schema",),
+    ("data", "list"),
+    ("data", "download", "cityscapes", "--dry-run"),
     ("--version",),
 ]
 

@@ -159,9 +159,11 @@ def test_rows_say_why_they_have_no_number_of_ours(run, monkeypatch):
     assert _sc_clip(section)[1]["state"] == ""
     ablation = _table([], number="2")
     assert _row(ablation, row="(V) (IV) + O.P.")[1]["state"] == "no run"
-    monkeypatch.setattr(paper, "method_names", lambda *_: ["fisa"])
+    monkeypatch.setattr(paper, "method_names", lambda *_: ["lsmseg"])
     assert {
-        dict(zip(s.settings, row.settings, strict=True))["state"] for s in [_table([], "fisa", "3a")] for row in s.rows
+        dict(zip(s.settings, row.settings, strict=True))["state"]
+        for s in [_table([], "thesis-lsmseg", "5.9")]
+        for row in s.rows
     } == {"settings not stated"}
 
 

@@ -155,6 +155,7 @@ def test_every_figure_reads_its_own_value(make_record):
     assert values.pop("macc") == pytest.approx(100 * (30 / 60 + 10 / 40) / 2)
     assert values.pop("aacc") == pytest.approx(40.0)
     assert values == {
+        "pq": None, "sq": None, "rq": None,
         "latency": 11.0, "images_per_s": 80.0, "gmacs": 17.5, "gflops": 35.0, "params": 149.6, "memory": 900.0,
     }  # fmt: skip
 

@@ -123,7 +123,7 @@ def no_checksums(path: Path) -> None:
 
 
 def failed_before(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + shards._sealed({"index": 5, "name": "b", "error": "away for a moment"}))
+    path.write_bytes(path.read_bytes() + shards.sealed({"index": 5, "name": "b", "error": "away for a moment"}))
 
 
 def broken_record(path: Path) -> None:
@@ -200,7 +200,7 @@ class Fault:
         self.patch, self.options = patch, options
 
     def _line(self, action: Callable[[Shard, bytes], None], index: int = 3) -> None:
-        sealed = shards._sealed
+        sealed = shards.sealed
         line = Shard._line
 
         def faulty(shard: Shard, content: dict[str, Any]) -> None:
@@ -367,7 +367,10 @@ def test_a_fault_ends_clearly_and_loses_nothing(
     assert first >= kept and (first == kept or inject is Fault.reader_killed)  # how far a reader was ahead is chance
 
 
-def test_a_run_that_is_going_on_is_not_resumed_twice(weights: str, voc: Path, tmp_path: Path, whole: RunRecord) -> None:
+def test_a_run_that_is_going_on_is_not_resumed_twice(
+    weights: str, voc: Path, tmp_path: Path, whole: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "PATIENCE_S", 0.0)
     seen: list[tuple[int, str]] = []
 
     def second() -> None:
@@ -382,7 +385,8 @@ def test_a_run_that_is_going_on_is_not_resumed_twice(weights: str, voc: Path, tm
     assert record.status == "ok"
 
 
-def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PATIENCE_S", 0.0)
     header = {"spec_hash": "a", "dataset_fingerprint": "b", "run_id": "r", "started": "now"}
     shard = Shard(tmp_path / "x.areas.jsonl", header, 3)
     go, stop = os.pipe(), os.pipe()

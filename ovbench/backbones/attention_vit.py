@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ovbench.backbones.attention_base import TransformerSource, to_whole_patches
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.dense_clip import Grid, PosInterp, resize_position_embedding
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -153,7 +154,7 @@ def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0, blo
             model = _create(recipe, recipe.size)
         digest = hashlib.sha256(f"random {recipe.arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
         return ViTSource(name, model, recipe, "random", digest, blocks)
-    path = _download(name, recipe) if weights is None else Path(weights).expanduser()
+    path = _download(name, recipe) if weights is None else user_path(weights)
     shown = recipe.hub if weights is None else path.name
     return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path), blocks)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,30 @@ from torch import Tensor, nn
 
 from ovbench.backbones.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.backbones.dense_clip import DenseCLIP
+from ovbench.backbones.eva_clip import is_eva, plain_vit
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 
 # OpenAI's mean and deviation on RGB 0..255 as every public training-free configuration rounds them
 OPENAI_MEAN = (122.771, 116.746, 104.094)
 OPENAI_STD = (68.501, 66.632, 70.323)
 DEFAULT_ARCH = "ViT-B-16"
+
+
+@dataclass(frozen=True)
+class LoadedCLIP:
+    """A model with its weights and what :class:`ovbench.backbones.frozen_clip.FrozenCLIP` wants to know of it."""
+
+    clip: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    arch: str
+    weights: str
+    weights_sha256: str
+    activation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 def load_clip(
@@ -34,14 +51,15 @@ def load_clip(
     Args:
         weights: ``builtin``, ``random``, an open_clip tag (``openai``, ``laion2b_s34b_b88k``, ...),
             ``hf-hub:org/name``, or the path of a ``.safetensors`` / ``.pt`` / ``.bin`` state dict.
-        arch: open_clip architecture. For a file, None means OpenAI's layout, read from the shapes.
+        arch: open_clip architecture: a CLIP ViT, EVA01-g-14 or EVA01-g-14-plus. For a file, None means OpenAI's layout,
+            read from the shapes.
         activation: For a file: force GELU or QuickGELU.
         seed: Seed of random weights.
         device: Torch device.
 
     Raises:
         UsageError: Unknown architecture or tag.
-        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+        WeightsError: The tower is no such ViT, the file is missing, unreadable or does not fit, or the download failed.
     """
     if weights == "builtin":
         if arch is not None:
@@ -51,15 +69,36 @@ def load_clip(
         dense = from_openai_format(
             load_state_dict(), "builtin", sha256_of_file(weights_path()), arch="builtin-ViT-12x128"
         )
-    elif weights == "random":
-        dense = _random(arch or DEFAULT_ARCH, seed, activation)
-    elif weights.startswith("hf-hub:"):
-        dense = _from_hub(weights)
-    elif _looks_like_path(weights):
-        dense = _from_file(Path(weights).expanduser(), arch, activation)
+        return dense.to(device)
+    if arch is None and _looks_like_path(weights) and not weights.startswith("hf-hub:"):
+        found = _from_openai_file(user_path(weights), activation)
     else:
-        dense = _from_tag(arch or DEFAULT_ARCH, weights)
-    return dense.to(device)
+        found = load_any_clip(weights, arch or DEFAULT_ARCH, activation=activation, seed=seed)
+    if is_eva(found.clip.visual):
+        found.clip.visual = plain_vit(found.clip.visual, found.arch)
+    return DenseCLIP(**vars(found)).to(device)
+
+
+def load_any_clip(weights: str, arch: str, *, activation: Activation = "auto", seed: int = 0) -> LoadedCLIP:
+    """An open_clip model with any image tower, on the CPU.
+
+    Args:
+        weights: As in :func:`load_clip`, without ``builtin``.
+        arch: open_clip architecture; a model of the hub has its own.
+        activation: As in :func:`load_clip`.
+        seed: As in :func:`load_clip`.
+
+    Raises:
+        UsageError: Unknown architecture or tag.
+        WeightsError: The file is missing, unreadable or does not fit, or the download failed.
+    """
+    if weights == "random":
+        return _random(arch, seed, activation)
+    if weights.startswith("hf-hub:"):
+        return _from_hub(weights)
+    if _looks_like_path(weights):
+        return _from_file(user_path(weights), arch, activation)
+    return _from_tag(arch, weights)
 
 
 def _looks_like_path(weights: str) -> bool:
@@ -70,54 +109,22 @@ def _looks_like_path(weights: str) -> bool:
     )
 
 
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The tensors of a ``.safetensors`` or pickled state dict, read without running foreign code.
-
-    Raises:
-        WeightsError: Missing, unreadable, or a pickle that holds more than tensors.
-    """
-    if not path.is_file():
-        raise WeightsError(
-            f"No weights file '{path}'. Give an existing file, an open_clip tag such as 'openai', or 'random'."
-        )
-    if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise WeightsError(
-            f"'{path}' is a TorchScript archive (OpenAI's original download), which holds code. Use "
-            "'--pretrained openai', or save its state_dict() as .safetensors once and give that file."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
-        raise WeightsError(
-            f"Cannot read weights from '{path}': {str(error).splitlines()[0]} It must be a .safetensors file or a state "
-            "dict saved by torch.save."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
-    state = dict(content)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = dict(state[wrapper])
-            break
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _from_file(path: Path, arch: str | None, activation: Activation) -> DenseCLIP:
+def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:
     state = read_state_dict(path)
     digest = sha256_of_file(path)
-    if arch is None:
-        return from_openai_format(state, str(path), digest, quick=is_quick(path, digest, state, activation, None, None))
+    return _openai_format(state, str(path), digest, None, is_quick(path, digest, state, activation, None, None))
+
+
+def _from_file(path: Path, arch: str, activation: Activation) -> LoadedCLIP:
+    state = read_state_dict(path)
+    digest = sha256_of_file(path)
     arch_quick = bool(_arch_config(arch).get("quick_gelu"))
     tensors = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
     model = _filled(arch, tensors, str(path), quick=arch_quick)  # first: a wrong shape is the plainer error
     quick = is_quick(path, digest, state, activation, arch, arch_quick)
     if quick != arch_quick:
         model = _filled(arch, tensors, str(path), quick=quick)
-    return _wrap(model, arch, str(path), digest, quick)
+    return _described(model, arch, str(path), digest, quick)
 
 
 def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.Module:
@@ -126,7 +133,7 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
         from open_clip.model import convert_to_custom_text_state_dict
 
         state = convert_to_custom_text_state_dict(state)
-    _load_strictly(model, state, name, arch)
+    load_strictly(model, state, name, arch)
     return model
 
 
@@ -145,14 +152,23 @@ def from_openai_format(
     Raises:
         WeightsError: Tensors are missing, surplus or of another shape.
     """
+    return DenseCLIP(**vars(_openai_format(state, name, digest, arch, quick)))
+
+
+def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | None, quick: bool) -> LoadedCLIP:
     from open_clip.model import CLIP
 
     config = openai_config(state, name)
     model = CLIP(**config, quick_gelu=quick)
-    vision = config["vision_cfg"]
-    arch = arch or f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
-    _load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
-    return _wrap(model, arch, name, digest, quick)
+    arch = arch or openai_format_arch(state, name)
+    load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
+    return _described(model, arch, name, digest, quick)
+
+
+def openai_format_arch(state: Mapping[str, Any], name: str) -> str:
+    """What records call the architecture of a state dict in OpenAI's format; raises as :func:`openai_config`."""
+    vision = openai_config(state, name)["vision_cfg"]
+    return f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
 
 
 def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -197,17 +213,17 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def _random(arch: str, seed: int, activation: Activation) -> DenseCLIP:
+def _random(arch: str, seed: int, activation: Activation) -> LoadedCLIP:
     config = _arch_config(arch)
     quick = activation == "quickgelu" or (activation == "auto" and bool(config.get("quick_gelu")))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(arch, quick_gelu=quick)
     digest = hashlib.sha256(f"random {arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-    return _wrap(model, arch, "random", digest, quick)
+    return _described(model, arch, "random", digest, quick)
 
 
-def _from_tag(arch: str, tag: str) -> DenseCLIP:
+def _from_tag(arch: str, tag: str) -> LoadedCLIP:
     import open_clip
     from open_clip.pretrained import download_pretrained
 
@@ -228,10 +244,10 @@ def _from_tag(arch: str, tag: str) -> DenseCLIP:
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
     except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
         raise _download_error(f"'{tag}' for {arch}", error) from error
-    return _wrap(model, arch, tag, sha256_of_file(path), quick)
+    return _described(model, arch, tag, sha256_of_file(path), quick)
 
 
-def _from_hub(name: str) -> DenseCLIP:
+def _from_hub(name: str) -> LoadedCLIP:
     import open_clip
     from open_clip.factory import _get_hf_config
     from open_clip.pretrained import download_pretrained_from_hf
@@ -244,7 +260,9 @@ def _from_hub(name: str) -> DenseCLIP:
     except Exception as error:
         raise _download_error(f"'{name}'", error) from error
     tokenizer = open_clip.get_tokenizer(name)
-    return _wrap(model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer)
+    return _described(
+        model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer
+    )
 
 
 def _download_error(what: str, error: Exception) -> WeightsError:
@@ -279,7 +297,12 @@ def _create(arch: str, *, quick_gelu: bool) -> nn.Module:
     return model
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str) -> None:
+    """Fills a model with a state dict.
+
+    Raises:
+        WeightsError: Tensors are missing, surplus, of another shape or not finite; names them.
+    """
     expected = model.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     wrong = [
@@ -310,14 +333,14 @@ def _load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str
         raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
 
 
-def _wrap(
+def _described(
     model: nn.Module,
     arch: str,
     weights: str,
     digest: str,
     quick: bool,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
-) -> DenseCLIP:
+) -> LoadedCLIP:
     import open_clip
 
     if tokenizer is None:
@@ -331,7 +354,7 @@ def _wrap(
     )
     if given != (tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)):
         mean, std = (tuple(255.0 * float(value) for value in part) for part in given)  # type: ignore[assignment]
-    return DenseCLIP(
+    return LoadedCLIP(
         model,
         tokenizer=tokenizer,
         arch=arch,

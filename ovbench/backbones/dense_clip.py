@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovbench.backbones.frozen_clip import FrozenCLIP
 from ovbench.errors import UsageError, WeightsError
 
-PosInterp = Literal["offset", "size"]
+PosInterp = Literal["offset", "size", "bilinear"]
 Grid = tuple[int, int]
 # (q, k, v), each (B, heads, 1+N, d), and the patch grid -> attention output (B, heads, 1+N, d)
 Attend = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
@@ -54,21 +55,24 @@ class LastBlock:
 def resize_position_embedding(
     embedding: Tensor, pretrained: Grid, grid: Grid, how: PosInterp = "offset", antialias: bool = False
 ) -> Tensor:
-    """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), bicubic, the CLS row untouched.
+    """Position embedding (1 + h*w, C) for ``grid`` from (1 + g_h*g_w, C), the CLS row untouched.
 
     Args:
         embedding: Pretrained embedding, CLS first.
         pretrained: Its grid.
         grid: Wanted grid (h, w).
         how: ``"offset"`` scales by ((h + 0.1)/g_h, (w + 0.1)/g_w), as the public numbers were made (a trick of DINO
-            against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size.
+            against rounding, which shifts the sampling points a little); ``"size"`` resizes to the exact size; both are
+            bicubic; ``"bilinear"`` resizes to the exact size bilinearly.
         antialias: Low-pass where the grid shrinks.
     """
     if grid == pretrained:
         return embedding
     cls, patches = embedding[:1], embedding[1:]
     image = patches.reshape(1, *pretrained, -1).permute(0, 3, 1, 2).float()  # (1, C, g_h, g_w)
-    if how == "offset":
+    if how == "bilinear":
+        image = F.interpolate(image, size=grid, mode="bilinear", align_corners=False, antialias=antialias)
+    elif how == "offset":
         scale = [(grid[0] + 0.1) / pretrained[0], (grid[1] + 0.1) / pretrained[1]]
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False, antialias=antialias)
     else:
@@ -78,47 +82,25 @@ def resize_position_embedding(
     return torch.cat([cls, image.flatten(2)[0].T.to(embedding.dtype)])
 
 
-class DenseCLIP(nn.Module):
+class DenseCLIP(FrozenCLIP):
     """A frozen CLIP with dense access to its vision tower.
 
     Args:
-        clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``.
-        tokenizer: Callable list[str] -> (n, context) integer tokens.
-        arch: Name of the architecture, for records.
-        weights: What the user asked for (tag, file name, ``random`` ...), for records.
-        weights_sha256: Content hash of the weights.
-        activation: ``quickgelu`` or ``gelu``, for records.
-        mean: Channel means on RGB 0..255.
-        std: Channel standard deviations on RGB 0..255.
+        clip: open_clip model whose ``visual`` is open_clip's own ``VisionTransformer``, or was turned into one
+            (:func:`ovbench.backbones.eva_clip.plain_vit`).
+        about: See :class:`FrozenCLIP`.
 
     Raises:
         WeightsError: The tower is not a plain CLIP ViT (ResNet, timm, attention pooling).
     """
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        *,
-        tokenizer: Callable[[list[str]], Tensor],
-        arch: str,
-        weights: str,
-        weights_sha256: str,
-        activation: str,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> None:
-        super().__init__()
-        _require_plain_vit(clip, arch)
-        self.clip = clip
-        self.tokenizer = tokenizer
-        self.arch, self.weights, self.weights_sha256, self.activation = arch, weights, weights_sha256, activation
+    def __init__(self, clip: nn.Module, **about: Any) -> None:
+        _require_plain_vit(clip, about["arch"])
+        super().__init__(clip, **about)
         self.pos_interp: PosInterp = "offset"
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._watched = range(0)
-        self.requires_grad_(False).eval()
 
     @property
     def visual(self) -> Any:
@@ -177,14 +159,6 @@ class DenseCLIP(nn.Module):
                     if parameter is not None:
                         parameter.data = parameter.data.to(dtype)
         self.visual.proj.data = self.visual.proj.data.to(dtype)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, h, w), RGB 0..255 of any dtype, as float32 with the weights' own mean and deviation."""
-        return (images.float() - self.mean) / self.std  # type: ignore[operator]
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """RGB 0..255, float32, of normalised images (B, 3, h, w)."""
-        return images.float() * self.std + self.mean  # type: ignore[operator]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, 1 + N, C) that enter the first block, and the grid, from normalised images (B, 3, h, w).
@@ -271,8 +245,13 @@ class DenseCLIP(nn.Module):
     def _after_attention(
         self, index: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rule: LastBlock
     ) -> Tensor:
-        block: Any = self.blocks[index]
         heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
+        return self.finish_block(index, x, heads, rule)
+
+    def finish_block(self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None) -> Tensor:
+        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d)."""
+        block: Any = self.blocks[index]
+        rule = rule or LastBlock()
         out = block.ls_1(self.merge_heads(heads, index))
         if rule.residual:
             out = x + out
@@ -280,6 +259,15 @@ class DenseCLIP(nn.Module):
             out = out + block.ls_2(block.mlp(block.ln_2(out)))
         result: Tensor = out
         return result
+
+    def queries(self, x: Tensor, index: int = -1) -> Tensor:
+        """Queries (B, heads, T, d) of a block (its LN1 applied) from tokens (B, T, C)."""
+        block: Any = self.blocks[index]
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        own = block.attn.q_proj_weight if weight is None else weight.chunk(3)[0]
+        q = F.linear(block.ln_1(x), own, bias.chunk(3)[0])
+        heads: Tensor = q.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        return heads
 
     def qkv(self, x: Tensor, index: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value of a block (its LN1 applied), each (B, heads, T, d), from its input (B, T, C)."""
@@ -359,5 +347,5 @@ def _require_plain_vit(clip: nn.Module, arch: str) -> None:
     if problem:
         raise WeightsError(
             f"{arch} cannot give dense features here: {problem}. Use a CLIP ViT of open_clip, e.g. ViT-B-16, ViT-B-32, "
-            "ViT-L-14, ViT-L-14-336 or ViT-H-14."
+            "ViT-L-14, ViT-L-14-336 or ViT-H-14, or EVA01-g-14-plus."
         )

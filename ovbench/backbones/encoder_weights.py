@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.encoders import encoder
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.compat import import_mmseg
 from ovbench.errors import WeightsError
+from ovbench.paths import user_path
 
 State = dict[str, Tensor]
 
@@ -43,7 +44,7 @@ def load_encoder(backbone: nn.Module, path: str | Path) -> None:
     Raises:
         WeightsError: The file cannot be read or does not fit; lists the keys.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise WeightsError(f"No file '{path}' with the encoder's pretrained weights.")
     kind = type(backbone).__name__

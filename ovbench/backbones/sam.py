@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import read_state_dict
 from ovbench.backbones.dense_clip import Grid
+from ovbench.backbones.state_dict import read_state_dict
 from ovbench.backbones.visual import VisualEncoder
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 
 MEAN = (123.675, 116.28, 103.53)  # of SAM's preprocessing, RGB 0..255
 STD = (58.395, 57.12, 57.375)
@@ -138,7 +139,7 @@ def load_sam(name: str, weights: str | None = None, *, seed: int = 0) -> SamEnco
         return random_sam(name, seed)
     recipe = SAMS[name]
     published = weights is None or weights == recipe.hub  # as records name it
-    path = _download(name, recipe) if published else Path(str(weights)).expanduser()
+    path = _download(name, recipe) if published else user_path(str(weights))
     shown = recipe.hub if published else path.name
     if path.is_dir():
         path = path / "model.safetensors"

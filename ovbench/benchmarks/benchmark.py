@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ import numpy.typing as npt
 from ovbench.benchmarks.config import Words
 from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges, index_label, train_id_table
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
+from ovbench.benchmarks.panoptic import Panoptic, SegmentMap, load_segments, read_panoptic
 from ovbench.errors import DataError, UsageError, unknown_name
-from ovbench.hashing import sha256_of
+from ovbench.hashing import sha256_of, sha256_of_file
 
 # What PackSegInputs hands on; the first five are what evaluation needs to name files and undo the resizing.
 META_KEYS = ("img_path", "seg_map_path", "ori_shape", "img_shape", "scale_factor", "reduce_zero_label")
@@ -88,9 +89,12 @@ class Benchmark:
         labels_from: Where the label files come from and what they hold.
         zero_in_most: The raw value 0 occurs in most official label files.
         has_255: The ignored value (255, in 16-bit files 65535) occurs in the official label files.
+        ignored_in_most: The ignored value occurs in most of them.
         raw_gaps: Values that an unconverted label file never has (COCO-Stuff), else empty.
         layout: Folders and file names.
         synth_rules: Look of the generated copy.
+        panoptic: Where labels are segments; None where they are classes per pixel.
+        downloads: Files that each split is prepared from, see ``facts``; nothing where that is not known.
     """
 
     name: str
@@ -116,6 +120,9 @@ class Benchmark:
     group: str = "own"
     ignore_index: int = IGNORE_INDEX
     raw_ids: tuple[int, ...] = ()
+    panoptic: Panoptic | None = None
+    ignored_in_most: bool = False
+    downloads: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, hash=False)
 
     def for_split(self, split: str) -> Benchmark:
         """The same benchmark looked at in another of its splits: "val" or "train".
@@ -218,7 +225,10 @@ class Benchmark:
             "test_mode": pipeline is None,
             "pipeline": self._transforms(short_side, long_side) if pipeline is None else pipeline,
         }
-        if self.dataset_type == "BaseSegDataset" or self.raw_ids:
+        if self.panoptic is not None:
+            cfg["panoptic_file"] = str(home / self.layout.panoptic_file)
+            cfg["category_ids"] = list(self.panoptic.category_ids)
+        if self.dataset_type == "BaseSegDataset" or self.raw_ids or self.panoptic is not None:
             # The other types have names of their own; giving them again makes mmseg compare lists and map labels, which
             # is wanted only where the classes have another order than theirs.
             cfg["metainfo"] = {"classes": self.class_names, "palette": [list(colour) for colour in self.palette]}
@@ -229,6 +239,10 @@ class Benchmark:
         steps: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
         if short_side:
             steps.append({"type": "Resize", "scale": (long_side, short_side), "keep_ratio": True})
+        if self.panoptic is not None:
+            steps.append({"type": "mmseg.LoadPanopticAnnotations"})
+            stored = not self.panoptic.exact_areas
+            return [*steps, {"type": "mmseg.PackPanopticInputs", "meta_keys": META_KEYS, "stored_areas": stored}]
         if self.wide:  # mmseg's own makes every label uint8
             kinds = {"with_bbox": False, "with_label": False, "with_seg": True, "imdecode_backend": "pillow"}
             steps.append({"type": "mmcv.LoadAnnotations", **kinds})
@@ -254,9 +268,24 @@ class Benchmark:
             DataError: The file is missing, damaged or coloured, or holds ids that the benchmark does not have.
         """
         source = Path(path)
+        if self.panoptic is not None:
+            return self.load_segments(source).labels()
         train_ids = self.id_table[index_label(decode_label(source), source, self.ignore_index)]
         self.require_in_range(train_ids, source)
         return train_ids
+
+    def load_segments(self, path: Path | str) -> SegmentMap:
+        """The segments of a label file of a panoptic benchmark.
+
+        Raises:
+            DataError: File or json are missing or damaged, or contradict each other.
+        """
+        assert self.panoptic is not None  # those who call know
+        source = Path(path)
+        root = source.parents[len(PurePosixPath(self.layout.label_dir).parts)]
+        return load_segments(
+            source, read_panoptic(root / self.layout.panoptic_file).images.get(source.stem), self.panoptic
+        )
 
     def require_in_range(self, train_ids: npt.NDArray[np.integer[Any]], source: Path | str) -> None:
         """Raises ``DataError`` naming file and ids where a training id is neither 0..K-1 nor the ignore index."""
@@ -279,7 +308,8 @@ class Benchmark:
     def fingerprint(self, root: Path | str, *, incomplete: bool = False) -> str:
         """sha256 (hex) over the benchmark's name, version and split and, in order, names and sizes of all files.
 
-        File contents are not read, so a change that keeps every size goes unseen.
+        Of a panoptic benchmark also over the content of the json file. Other files are not read, so a change that keeps
+        every size goes unseen.
 
         Args:
             root: The data root or a folder above it.
@@ -292,6 +322,8 @@ class Benchmark:
         absent = [] if found is None else [*found.missing_images, *found.missing_labels]
         split = "" if self.split == "val" else f"{self.split}\n"  # fingerprints of val are older than splits
         digest = hashlib.sha256(f"{self.name}\n{self.version}\n{split}".encode())
+        if self.panoptic is not None:
+            digest.update(f"{sha256_of_file(self.resolve_root(root) / self.layout.panoptic_file)}\n".encode())
         for pair in found.pairs if found is not None and absent and found.pairs else self.pairs(root):
             digest.update(f"{pair.stem}\t{os.path.getsize(pair.image)}\t{os.path.getsize(pair.label)}\n".encode())
         for name in absent:

@@ -3,140 +3,65 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ovbench.benchmarks import get
 from ovbench.benchmarks.benchmark import Benchmark
+from ovbench.benchmarks.findings import Findings
 from ovbench.benchmarks.labels import id_ranges
 from ovbench.benchmarks.layout import Pair, Scan
-from ovbench.benchmarks.report import CheckReport, Level, Problem
+from ovbench.benchmarks.look import Counts, Seen, look
+from ovbench.benchmarks.panoptic_check import PanopticFindings
+from ovbench.benchmarks.report import CheckReport, Problem
 from ovbench.benchmarks.synth import is_synthetic
 from ovbench.errors import DataError
 
-Counts = npt.NDArray[np.int64]
-
 # Statistical rules (shifted numbering, empty masks) need a few files before they say anything.
 _ENOUGH_FILES = 5
-# An unconverted COCO-Stuff copy shows none of its 11 unused ids; by chance that has p < .001 at 90 distinct ids.
-_ENOUGH_IDS = 90
+# None of the ids that a raw numbering leaves unused occurs: by chance that must be rarer.
+_CHANCE = 0.001
+# Below that many classes ids 1, 2, 3 in every file are nothing special.
+_MANY_CLASSES = 10
 # Faults of single files, which a run can pass over.
 _OF_ONE_FILE = {"missing_images", "missing_labels", "unreadable_image", "unreadable_label", "size_mismatch"}
 
 
-class _Seen(NamedTuple):
-    """What was found in one pair of files. ``counts`` are pixels per raw id, int64 (256,) or, of 16 bits, (65536,)."""
-
-    pair: Pair
-    image_error: str | None
-    label_error: str | None
-    image_size: tuple[int, int] | None
-    label_size: tuple[int, int] | None
-    colour: str | None
-    lossy: bool
-    narrow: bool
-    widest: int
-    counts: Counts | None
-
-
-def _read_image(path: Path) -> tuple[tuple[int, int] | None, str | None]:
-    """Size (width, height) as a reader that follows EXIF rotation sees it, and what is wrong with the file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            # A JPEG is decoded at an eighth: all its data is read, so that a truncated file shows, in less time.
-            image.draft("L", (1, 1))
-            image.load()
-            return ((height, width) if turned else (width, height)), None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return None, str(error) or type(error).__name__
-
-
-def _inspect(pair: Pair, largest: int) -> _Seen:
-    """Opens one pair; never raises for what is in the files. ``largest`` is the largest value that a label may have."""
-    from PIL import Image
-
-    image_size, image_error = _read_image(pair.image)
-    label_size, colour, lossy, narrow, widest, counts = None, None, False, False, 0, None
-    try:
-        with Image.open(pair.label) as label:
-            label.load()
-            label_size, lossy = label.size, label.format == "JPEG"
-            if label.mode in ("L", "P"):
-                narrow, counts = True, np.zeros(largest + 1, np.int64)
-                counts[:256] = label.histogram()
-            elif label.mode in ("1", "I", "I;16", "I;16B"):
-                values = np.asarray(label).astype(np.int64)
-                widest = int(values.max())
-                counts = np.bincount(values.clip(0, largest).ravel(), minlength=largest + 1).astype(np.int64)
-            else:
-                bands = [np.asarray(band) for band in label.split()]
-                grey = label.mode.startswith("RGB") and all((band == bands[0]).all() for band in bands[1:3])
-                colour = f"{label.mode}, all channels equal" if grey else label.mode
-        label_error = None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        label_error = str(error) or type(error).__name__
-    return _Seen(pair, image_error, label_error, image_size, label_size, colour, lossy, narrow, widest, counts)
-
-
-class _Findings:
+class _Findings(Findings):
     """Collects what the pairs show and turns it into problems."""
 
     def __init__(self, benchmark: Benchmark, root: Path) -> None:
-        self.benchmark, self.root = benchmark, root
+        super().__init__(benchmark, root)
         self.ids, self.ignored = benchmark.id_table.astype(np.int64), benchmark.ignore_index
-        self.examples: dict[str, list[str]] = {}
-        self.tally: Counter[str] = Counter()
         self.wrong_ids: set[int] = set()
         self.files_with = np.zeros(self.ignored + 1, np.int64)
         self.pixels = np.zeros(self.ignored + 1, np.int64)
         self.readable = 0
-        self.only_ignored = 0
-        self.problems: list[Problem] = []
 
-    def note(self, kind: str, path: Path | str, detail: str = "") -> None:
-        self.tally[kind] += 1
-        shown = self.examples.setdefault(kind, [])
-        if len(shown) < 3:
-            path = Path(path)
-            name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-            shown.append(f"{name} ({detail})" if detail else name)
+    def inspect(self, pair: Pair) -> Seen:
+        """What is in one pair of files; runs in threads."""
+        return look(pair, self.ignored)
 
-    def report(self, kind: str, level: Level, message: str, fix: str) -> None:
-        """Adds a problem under the files noted for ``kind``."""
-        files = tuple(self.examples.get(kind, ()))
-        self.problems.append(Problem(kind, level, message, fix, self.tally[kind], files))
-
-    def add(self, seen: _Seen) -> None:
+    def add(self, seen: Seen) -> None:
         """Takes one pair into account."""
         benchmark = self.benchmark
-        if seen.image_error:
-            self.note("unreadable_image", seen.pair.image, seen.image_error)
-        if seen.label_error:
-            self.note("unreadable_label", seen.pair.label, seen.label_error)
-        if seen.image_size and seen.label_size and seen.image_size != seen.label_size:
-            sizes = [f"{width} x {height}" for width, height in (seen.label_size, seen.image_size)]
-            self.note("size_mismatch", seen.pair.label, f"{sizes[0]}, image {sizes[1]}")
+        self.note_files(
+            (seen.pair.image, seen.image_size, seen.image_error),
+            (seen.pair.label, seen.label_size, seen.label_error),
+            seen.lossy,
+        )
         if seen.colour:
             self.note("colour_label", seen.pair.label, seen.colour)
-        if seen.lossy:
-            self.note("lossy_label", seen.pair.label)
         if seen.narrow and benchmark.wide:
             self.note("narrow_ids", seen.pair.label)
-        if seen.widest > self.ignored:
-            self.note("wide_ids", seen.pair.label, f"up to {seen.widest}")
-        if seen.counts is None or seen.widest > self.ignored:
+        if seen.widest > self.ignored or seen.lowest < 0:
+            self.note("wide_ids", seen.pair.label, f"{seen.lowest} to {seen.widest}")
+            return
+        if seen.counts is None:
             return
         present, ids = seen.counts > 0, self.ids
         wrong = np.nonzero(present & (ids >= benchmark.num_classes) & (ids != self.ignored))[0]
@@ -149,6 +74,11 @@ class _Findings:
             self.note("has_255", seen.pair.label)
         if not present[0]:
             self.note("no_zero", seen.pair.label)
+        things = np.nonzero(present[1 : self.ignored])[0] + 1
+        if things.size:
+            self.tally["labelled"] += 1
+            if things[-1] == things.size:
+                self.note("numbered", seen.pair.label, f"ids {id_ranges(things)}")
         self.readable += 1
         self.files_with += present
         self.pixels += seen.counts
@@ -159,36 +89,30 @@ class _Findings:
         np.add.at(counts, self.ids, self.pixels)
         return counts[: self.benchmark.num_classes]
 
-    def ignored_pixels(self) -> int:
-        """Pixels that no metric counts."""
-        return int(self.pixels[self.ids == self.ignored].sum())
+    def ignore_share(self) -> float | None:
+        """Share of the pixels that no metric counts; None without any pixel."""
+        pixels = int(self.pixels.sum())
+        return int(self.pixels[self.ids == self.ignored].sum()) / pixels if pixels else None
+
+    def judge(self, synthetic: bool) -> None:
+        """All problems of the files."""
+        self.judge_files()
+        self.judge_numbering(synthetic)
 
     def judge_files(self) -> None:
         """Problems that single files show."""
         tally, made = self.tally, f"{self.benchmark.labels_from}."
-        if tally["unreadable_image"]:
-            text = f"{tally['unreadable_image']} images are damaged or truncated."
-            self.report("unreadable_image", "error", text, "Fetch these files again.")
-        if tally["unreadable_label"]:
-            text = f"{tally['unreadable_label']} label files are damaged or no image."
-            self.report("unreadable_label", "error", text, f"Fetch or make them again: {made}")
-        if tally["size_mismatch"]:
-            text = f"{tally['size_mismatch']} labels have another size than their image."
-            fix = "Use images and labels of the same release, none of them resized or rotated."
-            self.report("size_mismatch", "error", text, fix)
+        self.judge_readability()
         if tally["colour_label"]:
             text = f"{tally['colour_label']} labels are coloured pictures, not one class id per pixel."
             fix = f"Use the index PNGs, or turn colours into ids and save grey ('L') or palette ('P') PNGs. {made}"
             self.report("colour_label", "error", text, fix)
-        if tally["lossy_label"]:
-            text = f"{tally['lossy_label']} labels are JPEG data, which changes ids near borders."
-            self.report("lossy_label", "error", text, f"Make them again as PNG: {made}")
         if tally["narrow_ids"]:
             classes = self.benchmark.num_classes
             text = f"{tally['narrow_ids']} labels have 8 bits, which cannot tell {classes} classes apart."
             self.report("narrow_ids", "error", text, f"Ids above 255 are lost in them. {made}")
         if tally["wide_ids"]:
-            text = f"{tally['wide_ids']} labels have values above {self.ignored}."
+            text = f"{tally['wide_ids']} labels have values outside 0..{self.ignored}."
             self.report("wide_ids", "error", text, f"These look like instance ids, not class ids. {made}")
         if tally["out_of_range"]:
             low = 1 if self.benchmark.reduce_zero_label else 0
@@ -199,8 +123,8 @@ class _Findings:
             )
             self.report("out_of_range", "error", text, f"The files look unconverted or of another dataset. {made}")
 
-    def judge_numbering(self) -> None:
-        """Problems that only many files together show: shifted or unconverted numbering, empty masks."""
+    def judge_numbering(self, synthetic: bool) -> None:
+        """Problems that only many files together show: shifted or unconverted numbering, instances, empty masks."""
         benchmark, tally, made = self.benchmark, self.tally, f"{self.benchmark.labels_from}."
         if not self.readable:
             return
@@ -221,9 +145,18 @@ class _Findings:
             shifted = moved and with_255 >= 0.2
             fix = f"{self.ignored} is not counted."
             fix = "The ids look shifted by one (already reduced: 0 is a class)." if shifted else fix
-            self.report("has_255", "error" if shifted else "warning", text, f"{fix} {made}")
-        distinct = int((self.files_with > 0).sum())
-        if benchmark.raw_gaps and distinct >= _ENOUGH_IDS and not self.files_with[list(benchmark.raw_gaps)].any():
+            # Where 0 is not counted either, a 255 for it changes no score.
+            spoiled = shifted or (many and with_255 >= 0.2 and not benchmark.reduce_zero_label)
+            self.report("has_255", "error" if spoiled else "warning", text, f"{fix} {made}")
+        if many and benchmark.ignored_in_most and not self.files_with[self.ignored]:
+            text = f"None of {self.readable} labels has {self.ignored} (not counted), which most official files have."
+            fix = f"Its pixels seem to be counted under another id (shifted by one?). {made}"
+            self.report("no_ignored", "error", text, fix)
+        # Small generated copies of a few classes look so; they have labels of classes.
+        if many and not synthetic and benchmark.zero_in_most and benchmark.num_classes >= _MANY_CLASSES:
+            self.judge_instances(made)
+        distinct = int((self.files_with[list(benchmark.stored_ids)] > 0).sum())
+        if benchmark.raw_gaps and not self.files_with[list(benchmark.raw_gaps)].any() and self.is_telling(distinct):
             text = (
                 f"{distinct} ids occur, but none of {id_ranges(benchmark.raw_gaps, 12)}, which unconverted files lack."
             )
@@ -240,8 +173,24 @@ class _Findings:
             text = f"All {self.readable} labels show one and the same class."
             self.report("one_class", "warning", text, f"Look at the label files. {made}")
 
+    def judge_instances(self, made: str) -> None:
+        """Ids that count 1, 2, 3 ... in every file: objects of an image, not classes."""
+        numbered, labelled = self.tally["numbered"], self.tally["labelled"]
+        if labelled >= _ENOUGH_FILES and numbered >= 0.9 * labelled:
+            text = f"{numbered} of {labelled} labels have the ids 1, 2, 3 ... without a gap."
+            fix = f"These look like objects numbered in each image (SegmentationObject?), not classes. {made}"
+            self.report("numbered", "error", text, fix)
 
-def _judge_pairing(findings: _Findings, found: Scan, synthetic: bool) -> None:
+    def is_telling(self, distinct: int) -> bool:
+        """Whether ``distinct`` ids would hardly miss all unused ones of a raw numbering by chance."""
+        classes = self.benchmark.num_classes
+        chance = 1.0
+        for index in range(len(self.benchmark.raw_gaps)):
+            chance *= max(0, classes - distinct - index) / (classes - index)
+        return chance < _CHANCE
+
+
+def _judge_pairing(findings: Findings, found: Scan, synthetic: bool) -> None:
     """Problems that the names alone show."""
     benchmark = findings.benchmark
     for kind, missing in (("missing_images", found.missing_images), ("missing_labels", found.missing_labels)):
@@ -304,22 +253,21 @@ def check(
             benchmark.name, split, str(root), False, benchmark.expected_images, 0, 0, 0, None, (problem,)
         )
     synthetic = is_synthetic(home)
-    findings = _Findings(benchmark, home)
+    findings = _Findings(benchmark, home) if benchmark.panoptic is None else PanopticFindings(benchmark, home)
     _judge_pairing(findings, found, synthetic)
     pairs = found.pairs[:limit]
     executor = ThreadPoolExecutor(max_workers=workers or min(16, os.cpu_count() or 1))
     try:
-        for done, seen in enumerate(executor.map(partial(_inspect, largest=benchmark.ignore_index), pairs), 1):
-            findings.add(seen)
+        for done, seen in enumerate(executor.map(findings.inspect, pairs), 1):
+            findings.add(seen)  # type: ignore[arg-type]  # each kind gets what its own inspect has seen
             if progress:
                 progress(done, len(pairs))
     finally:
         executor.shutdown(cancel_futures=True)  # Ctrl-C must not wait for thousands of files
     if not found.listed:
         findings.report("empty", "error", "The split list names no image.", "Fetch the list again.")
-    findings.judge_files()
-    findings.judge_numbering()
-    per_class, pixels = findings.class_pixels(), int(findings.pixels.sum())
+    findings.judge(synthetic)
+    per_class = findings.class_pixels()
     return CheckReport(
         benchmark=benchmark.name,
         split=split,
@@ -329,7 +277,7 @@ def check(
         listed=found.listed,
         checked=len(pairs),
         classes_present=int((per_class > 0).sum()),
-        ignore_share=findings.ignored_pixels() / pixels if pixels else None,
+        ignore_share=findings.ignore_share(),
         problems=tuple(sorted(findings.problems, key=lambda problem: problem.level != "error")),
     )
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ovbench.errors import DataError
+
+_PATTERN = re.compile(r"[^{}]*\{i(:0?\d{1,2}d)?\}[^{}]*")
 
 Words = tuple[tuple[str, ...], ...]
 
@@ -43,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested without end
         raise DataError(f"The dataset config '{path}' cannot be read: {error}.") from error
     values: dict[str, Any] = {}
     for position, node in enumerate(tree.body):
@@ -80,6 +83,33 @@ def _is_order(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value) and set(value) == set(range(len(value)))
 
 
+def id_list(text: str) -> tuple[int, ...]:
+    """The numbers of ``"1-3, 5"``: (1, 2, 3, 5).
+
+    Raises:
+        ValueError: Anything else.
+    """
+    ids: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        low = int(first)
+        ids += range(low, (int(last) if dash else low) + 1)
+    return tuple(ids)
+
+
+def _is_id_list(value: object) -> bool:
+    try:
+        ids = id_list(value) if isinstance(value, str) else ()
+    except ValueError:
+        return False
+    return len(ids) > 0 and len(set(ids)) == len(ids)
+
+
+def _is_patterns(value: object) -> bool:
+    """File stems with one ``{i}`` or ``{i:06d}``: a format string of strangers can ask for more."""
+    return _is_strings(value) and value != [] and all(map(_PATTERN.fullmatch, value))  # type: ignore[call-overload]
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -93,7 +123,7 @@ def _is_one_of(*allowed: object) -> Callable[[object], bool]:
 
 
 # Sections that a config may leave out.
-_OPTIONAL = ("train",)
+_OPTIONAL = ("train", "panoptic", "downloads")
 # section -> key -> (required, test)
 _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
     "benchmark": {
@@ -108,6 +138,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "labels_from": (True, _is_name),
         "zero_in_most": (True, _is_flag),
         "has_255": (True, _is_flag),
+        "ignored_in_most": (False, _is_flag),
         "raw_gaps": (False, _is_ids),
     },
     "dataset": {
@@ -120,6 +151,13 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         # The largest value of 8-bit and of 16-bit files.
         "ignore_index": (True, _is_one_of(255, 65535)),
         "raw_ids": (False, _is_order),
+        "panoptic_file": (False, _is_name),
+    },
+    # Labels that are segments: numbers as in "1-11, 13-25".
+    "panoptic": {
+        "category_ids": (True, _is_id_list),
+        "things": (True, _is_id_list),
+        "exact_areas": (True, _is_flag),
     },
     "train": {
         "data_prefix": (True, _is_prefix),
@@ -127,15 +165,21 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "expected_images": (True, _is_size),
         "img_suffix": (False, _is_name),
         "seg_map_suffix": (False, _is_name),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
+        "panoptic_file": (False, _is_name),
+    },
+    # Names of files of ``dataset_configs/downloads``.
+    "downloads": {
+        "val": (True, _is_strings),
+        "train": (False, _is_strings),
     },
     "synth": {
         "home": (True, _is_text),
-        "stems": (True, _is_strings),
+        "stems": (True, _is_patterns),
         "short": (True, _is_size),
         "long": (True, _is_size),
         "portraits": (True, _is_flag),
-        "label_mode": (True, _is_one_of("L", "P", "I;16")),
+        "label_mode": (True, _is_one_of("L", "P", "I;16", "RGB")),
         "void": (True, _is_one_of("none", "border", "patch", "strip")),
         "things": (True, _is_one_of("foreground", "any")),
         "always_zero": (False, _is_flag),
@@ -178,7 +222,28 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults.append("16-bit labels (ignore_index 65535) are read as they are: no reduce_zero_label, no raw_ids")
     if wide and "train" in values:
         faults.append("16-bit labels can be evaluated, not trained on: mmseg's transforms would not crop them")
-    return faults
+    return faults + _panoptic_contradictions(values)
+
+
+def _panoptic_contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What does not fit together where labels are segments, or are said to be in one place only."""
+    classes, dataset, panoptic = values["benchmark"]["num_classes"], values["dataset"], values.get("panoptic")
+    parts = {"dataset": dataset, "train": values.get("train")}
+    has_file = {name: "panoptic_file" in part for name, part in parts.items() if part is not None}
+    rgb = values["synth"]["label_mode"] == "RGB"
+    if panoptic is None:
+        faults = [f"{name}.panoptic_file needs a section panoptic" for name, there in has_file.items() if there]
+        return faults + (["synth.label_mode RGB is for labels that are segments"] if rgb else [])
+    faults = [f"{name}.panoptic_file is missing" for name, there in has_file.items() if not there]
+    if len(id_list(panoptic["category_ids"])) != classes:
+        faults.append(f"panoptic.category_ids must have an id for each of {classes} classes")
+    if not set(id_list(panoptic["things"])) <= set(range(classes)):
+        faults.append(f"panoptic.things must be labels 0..{classes - 1}")
+    if dataset["type"] != "PanopticDataset" or dataset["reduce_zero_label"] or dataset["ignore_index"] != 255:
+        faults.append("labels that are segments need type PanopticDataset, reduce_zero_label False, ignore_index 255")
+    if dataset.get("raw_ids") is not None or dataset["ann_file"]:
+        faults.append("labels that are segments have neither raw_ids nor an ann_file")
+    return faults if rgb else [*faults, "synth.label_mode must be RGB"]
 
 
 def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict[str, Any]:
@@ -192,7 +257,7 @@ def read_words(path: Path, *, name: str, version: int, num_classes: int) -> dict
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The word list '{path}' of benchmark '{name}' cannot be read: {error}.") from error
     where = f"The word list '{path.name}'"
     if not isinstance(content, dict) or set(content) != {"benchmark", "version", "class_names", "palette", "wordings"}:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ovbench.benchmarks.benchmark import Split, SynthRules
+from ovbench.benchmarks.config import id_list
 from ovbench.benchmarks.layout import Layout
+from ovbench.benchmarks.panoptic import Panoptic
 
 
 def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
@@ -38,13 +40,20 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "labels_from": facts["labels_from"],
         "zero_in_most": facts["zero_in_most"],
         "has_255": facts["has_255"],
+        "ignored_in_most": facts.get("ignored_in_most", False),
         "raw_gaps": tuple(facts.get("raw_gaps", ())),
         "layout": splits["val"].layout,
         "splits": splits,
         "synth_rules": SynthRules(**rules),
         "dataset_type": dataset["type"],
         "word_lists": lists["wordings"],
+        "panoptic": None if values.get("panoptic") is None else _panoptic(values["panoptic"]),
+        "downloads": {split: tuple(files) for split, files in values.get("downloads", {}).items()},
     }
+
+
+def _panoptic(given: dict[str, Any]) -> Panoptic:
+    return Panoptic(id_list(given["category_ids"]), tuple(sorted(id_list(given["things"]))), given["exact_areas"])
 
 
 def _split(values: dict[str, Any], given: dict[str, Any]) -> Split:
@@ -57,5 +66,6 @@ def _split(values: dict[str, Any], given: dict[str, Any]) -> Split:
         image_suffix=section["img_suffix"],
         label_suffix=section["seg_map_suffix"],
         homes=tuple(values["benchmark"]["homes"]),
+        panoptic_file=section.get("panoptic_file", ""),
     )
     return Split(layout, section["expected_images"], tuple(section["stems"]))

@@ -152,7 +152,7 @@ def _read(path: Path, num_classes: int) -> Frequencies | None:
         )
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         text = f"The class frequencies in '{path}' are damaged ({error}): counted again."
         warnings.warn(text, OvbenchWarning, stacklevel=3)
         return None

@@ -53,8 +53,7 @@ def decode_label(path: Path) -> npt.NDArray[np.generic]:
             return np.array(image)
     except FileNotFoundError:
         raise DataError(f"The label file '{path}' does not exist.") from None
-    # Pillow raises SyntaxError and ValueError for damaged PNG chunks, OSError for everything else.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise what they happen to meet
         raise DataError(f"The label file '{path}' is damaged or no image: {error}. Fetch or make it again.") from error
 
 
@@ -76,6 +75,10 @@ def index_label(label: npt.NDArray[np.generic], source: Path | str = "label", ig
         raise DataError(
             f"The label '{source}' has shape {tuple(np.shape(label))}: a coloured mask, not one class id per pixel. "
             "Convert the colours to ids and save a grey ('L') or palette ('P') PNG."
+        )
+    if values.dtype != np.bool_ and not np.issubdtype(values.dtype, np.integer):
+        raise DataError(
+            f"The label '{source}' has values of type {values.dtype}, not whole numbers. Make it again as PNG."
         )
     if values.dtype != np.uint8 and values.size and (values.min() < 0 or values.max() > ignore_index):
         raise DataError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ovbench.errors import DataError
+from ovbench.paths import user_path
 
 
 class Pair(NamedTuple):
@@ -30,6 +31,7 @@ class Layout:
     Attributes:
         homes: Customary places of the data root below a folder that holds several datasets; "" is the folder itself.
         split_file: List of stems, or "" where all images of ``image_dir`` count.
+        panoptic_file: The json file that says what the segments of the labels are, or "" where labels are classes.
     """
 
     image_dir: str
@@ -38,6 +40,7 @@ class Layout:
     image_suffix: str
     label_suffix: str
     homes: tuple[str, ...]
+    panoptic_file: str = ""
 
     def image(self, stem: str) -> str:
         return f"{self.image_dir}/{stem}{self.image_suffix}"
@@ -98,11 +101,13 @@ def _faults(layout: Layout, root: Path) -> list[str] | None:
         faults.append(f"no folder {layout.label_dir}")
     elif not _has_file(root / layout.label_dir, layout.label_suffix):
         faults.append(f"no *{layout.label_suffix} in {layout.label_dir}")
-        other = next(_files(root / layout.label_dir, ""), None)
+        names = (name for name in _files(root / layout.label_dir, "") if not layout.panoptic_file.endswith(f"/{name}"))
+        other = next(names, None)
         if other is not None:
             faults[-1] += f" (there is '{other}')"
-    if layout.split_file and not (root / layout.split_file).is_file():
-        faults.append(f"no file {layout.split_file}")
+    for needed in (layout.split_file, layout.panoptic_file):
+        if needed and not (root / needed).is_file():
+            faults.append(f"no file {needed}")
     return faults
 
 
@@ -132,7 +137,7 @@ def resolve_root(layout: Layout, name: str, labels_from: str, path: Path | str) 
     Raises:
         DataError: Nothing there, only part of the layout there, or several copies to choose from.
     """
-    start = Path(path).expanduser()
+    start = user_path(path)
     if not start.exists():
         raise DataError(
             f"The data root '{path}' does not exist. Give the folder that holds '{layout.image_dir}', or one above it, "
@@ -173,7 +178,7 @@ def resolve_root(layout: Layout, name: str, labels_from: str, path: Path | str) 
         place, faults = min(near, key=lambda item: len(item[1]))
         raise DataError(f"The {name} data in '{place}' is incomplete: {'; '.join(faults)}. {name}: {labels_from}.")
     wanted = [f"{layout.image_dir}/*{layout.image_suffix}", f"{layout.label_dir}/*{layout.label_suffix}"]
-    wanted += [layout.split_file] if layout.split_file else []
+    wanted += [file for file in (layout.split_file, layout.panoptic_file) if file]
     homes = ", ".join(home for home in layout.homes if home)
     raise DataError(
         f"No {name} data in '{path}'. Looked for {' + '.join(wanted)} there, in {homes} and one folder deeper. Give "

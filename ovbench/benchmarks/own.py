@@ -23,6 +23,7 @@ from ovbench.benchmarks.layout import resolve_root
 from ovbench.classlist import ClassEntry, read_file, require_different
 from ovbench.errors import DataError, UsageError
 from ovbench.hashing import sha256_of
+from ovbench.paths import trusted, user_path
 
 IMAGE_DIR, LABEL_DIR, CLASS_FILE, FACT_FILE = "images", "labels", "classes.txt", "dataset.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -39,6 +40,36 @@ _SYNTH: dict[str, Any] = {
     "void": "none",
     "things": "any",
 }
+
+
+# Entries of a config that name files besides ``data_prefix``.
+_NAMES = ("ann_file", "img_suffix", "seg_map_suffix")
+# The datasets of mmsegmentation 1.2 that have one image and one label map (``mmseg/datasets/__init__.py``).
+TYPES = (
+    "ADE20KDataset",
+    "BDD100KDataset",
+    "BaseSegDataset",
+    "COCOStuffDataset",
+    "ChaseDB1Dataset",
+    "CityscapesDataset",
+    "DRIVEDataset",
+    "DarkZurichDataset",
+    "DecathlonDataset",
+    "HRFDataset",
+    "ISPRSDataset",
+    "LIPDataset",
+    "LoveDADataset",
+    "NYUDataset",
+    "NightDrivingDataset",
+    "PascalContextDataset",
+    "PascalContextDataset59",
+    "PascalVOCDataset",
+    "PotsdamDataset",
+    "REFUGEDataset",
+    "STAREDataset",
+    "SynapseDataset",
+    "iSAIDDataset",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +107,7 @@ def read(name: str) -> OwnBenchmark:
         UsageError: Nothing there.
         DataError: Something is missing from the definition or does not fit together; the message names it.
     """
-    path = Path(os.path.abspath(Path(name).expanduser()))
+    path = Path(os.path.abspath(user_path(name)))
     if path.is_dir():
         return _from_folder(path, name)
     if path.is_file() and path.suffix == ".py":
@@ -177,11 +208,44 @@ def _complete(values: dict[str, Any], origin: str) -> dict[str, Any]:
     complete = {**values, "benchmark": facts, "dataset": dataset}
     complete["synth"] = {**_SYNTH, **synth} if isinstance(synth, dict) else synth
     validate_config(complete, origin)
+    _require_harmless(complete, origin)
     most = dataset["ignore_index"] - dataset["reduce_zero_label"]
     if facts["num_classes"] > most:
         bits = 8 if dataset["ignore_index"] == IGNORE_INDEX else 16
         raise DataError(f"'{origin}' has {facts['num_classes']} classes, but {bits}-bit label files tell {most} apart.")
     return complete
+
+
+def _require_harmless(values: dict[str, Any], origin: str) -> None:
+    """Nothing, if a config of strangers names only places below its data root, and a dataset that mmseg has.
+
+    Raises:
+        DataError: A path leads out, unless the user trusts it; or a type is none of mmseg's, which mmengine would import.
+    """
+    if values["dataset"]["type"] not in TYPES:
+        known = ", ".join(TYPES)
+        raise DataError(f"'{origin}': dataset.type is {values['dataset']['type']!r}; it must be one of {known}.")
+    if trusted():
+        return
+    named = {"synth.home": [values["synth"]["home"]], "benchmark.homes": values["benchmark"]["homes"]}
+    for name in ("dataset", "train"):
+        section = values.get(name) or {}
+        prefix = section.get("data_prefix", {})
+        named |= {f"{name}.data_prefix.{key}": [place] for key, place in prefix.items()}
+        named |= {f"{name}.{key}": [section[key]] for key in _NAMES if key in section}
+    for name, places in named.items():
+        for place in places:
+            if _leads_out(place, plain=name.endswith("suffix")):
+                raise DataError(
+                    f"'{origin}': {name} is {place!r}, which leads out of the data root. If you trust this config, run "
+                    "'ovbench --trust ...'."
+                )
+
+
+def _leads_out(place: str, *, plain: bool) -> bool:
+    """Whether a path from a config is absolute or goes up; a suffix must not be a path at all."""
+    parts = place.replace("\\", "/").split("/")
+    return "\0" in place or ".." in parts or Path(place).is_absolute() or (plain and len(parts) > 1)
 
 
 def _id(name: str, origin: str) -> str:
@@ -198,7 +262,7 @@ def _facts(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"'{path}' cannot be read: {error}.") from error
     if not isinstance(found, dict):
         raise DataError(f"'{path}' must hold an object, e.g. {{\"reduce_zero_label\": true}}.")

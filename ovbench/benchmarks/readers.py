@@ -1,7 +1,7 @@
 """mmseg datasets over a benchmark's files. Importing this module imports mmseg (seconds).
 
-Every benchmark is read by a class that mmseg itself registers: its own where it has one, else ``BaseSegDataset`` with
-the class names in the config. A dumped config therefore runs in plain mmseg, without this package.
+Every semantic benchmark is read by a class that mmseg itself registers: its own where it has one, else ``BaseSegDataset``
+with the class names in the config. Panoptic ones need ``panoptic_dataset``, which a dumped config therefore imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.compat import prepare
 
 prepare()
-for _module in ("mmseg.datasets", "mmseg.structures"):  # registers datasets and transforms
+# registers datasets and transforms
+for _module in ("mmseg.datasets", "mmseg.structures", "ovbench.benchmarks.panoptic_dataset"):
     importlib.import_module(_module)
 
 

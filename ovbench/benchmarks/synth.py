@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ovbench.benchmarks import get, synth_classes
+from ovbench.benchmarks import get, synth_classes, synth_panoptic
 from ovbench.benchmarks.labels import Ids
 from ovbench.benchmarks.synth_classes import Vocabulary
 from ovbench.errors import DataError, UsageError
+from ovbench.paths import user_path
 
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
@@ -123,7 +124,7 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     """The marker of a generated copy in ``folder``; None where there is none that can be read."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
 
@@ -164,7 +165,8 @@ def _text(path: Path, text: str) -> None:
 
 def _write_pair(
     part: _Part, found: Vocabulary, index: int, include: Sequence[str], seed: int, image: Path, label: Path
-) -> None:
+) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+    """Writes image and label; returns the size (height, width) and, where labels are segments, what the json says."""
     from PIL import Image
 
     from ovbench.builtin.scenes import render
@@ -175,7 +177,11 @@ def _write_pair(
         height, width = width, height
     number = synth_classes.number(part.benchmark, seed, index)
     scene = render(found.words, height, width, number, things=found.things, include=include)
-    raw = _spoil(part.benchmark, found.raw_ids[scene.label], np.random.Generator(np.random.PCG64(number)))
+    rng = np.random.Generator(np.random.PCG64(number))
+    raw = _spoil(part.benchmark, found.raw_ids[scene.label], rng)
+    told: list[dict[str, Any]] = []
+    if part.benchmark.panoptic is not None:
+        raw, told = synth_panoptic.segments(raw, part.benchmark, rng)
     picture, mask = Image.fromarray(scene.image), Image.fromarray(raw)
     if rules.label_mode == "P":
         mask.putpalette(_colormap())
@@ -183,6 +189,7 @@ def _write_pair(
     options: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0} if image.suffix == ".jpg" else {}
     _write(image, lambda path: picture.save(path, **(options or {"format": "PNG"})))
     _write(label, lambda path: mask.save(path, format="TIFF" if label.suffix in (".tif", ".tiff") else "PNG"))
+    return (height, width), told
 
 
 def synth(
@@ -242,7 +249,7 @@ def synth(
         for split, (count, exponent) in wanted.items()
         if count
     ]
-    target = Path(out).expanduser()
+    target = user_path(out)
     try:
         return _synth(_Plan(tuple(parts), found.first(classes), seed, classes, size), target, progress)
     except OSError as error:
@@ -309,15 +316,21 @@ def _synth(plan: _Plan, out: Path, progress: Callable[[int, int], None] | None) 
         pairs += [(part, i, prefix + layout.image(stem), prefix + layout.label(stem)) for i, stem in enumerate(stems)]
         if layout.split_file:
             lists[prefix + layout.split_file] = "".join(f"{stem}\n" for stem in sorted(stems))
-    files = [file for _, _, *both in pairs for file in both] + list(lists)
+    json_files = [prefix + name for part in plan.parts if (name := part.benchmark.layout.panoptic_file)]
+    files = [file for _, _, *both in pairs for file in both] + list(lists) + json_files
     out.mkdir(parents=True, exist_ok=True)
     # The unfinished marker names old and new files, so that an interrupted call leaves nothing that is not ours.
     _write_marker(out, identity, dict.fromkeys([*old_files, *files], -1), complete=False)
     shown = [each for part in plan.parts for each in _shown(plan, part)]
+    told: dict[str, list[tuple[str, tuple[int, int], list[dict[str, Any]]]]] = {}
     for done, ((part, index, image, label), (found, include)) in enumerate(zip(pairs, shown, strict=True), 1):
-        _write_pair(part, found, index, include, plan.seed, _inside(out, image), _inside(out, label))
+        size, segments = _write_pair(part, found, index, include, plan.seed, _inside(out, image), _inside(out, label))
+        told.setdefault(part.benchmark.split, []).append((part.stems[index], size, segments))
         if progress:
             progress(done, total)
+    for part in plan.parts:
+        if name := part.benchmark.layout.panoptic_file:
+            lists[prefix + name] = synth_panoptic.annotation_file(part.benchmark, told[part.benchmark.split])
     for file, text in lists.items():
         _write(_inside(out, file), partial(_text, text=text))
     for file in sorted(set(old_files) - set(files)):

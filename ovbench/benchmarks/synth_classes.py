@@ -74,11 +74,12 @@ def vocabulary(benchmark: Benchmark) -> Vocabulary:
         if words:
             chosen[raw] = words
     classes = [words[0] for raw, words in chosen.items() if not (raw == 0 and zero_is_rest)]
-    things = tuple(word for raw, words in chosen.items() if raw != 0 for word in words)
+    countable = set(chosen) - {0} if benchmark.panoptic is None else set(benchmark.panoptic.things)
+    things = tuple(word for raw, words in chosen.items() if raw in countable for word in words)
     return Vocabulary(
         words=tuple(word for words in chosen.values() for word in words),
         raw_ids=np.array([raw for raw, words in chosen.items() for _ in words], benchmark.id_table.dtype),
-        things=things if rules.things == "foreground" else None,
+        things=things if rules.things == "foreground" or benchmark.panoptic is not None else None,
         classes=tuple(classes),
         always=(chosen[0][0],) if rules.always_zero and 0 in chosen else (),
     )

@@ -22,10 +22,12 @@ from ovbench.cli.prompts import app as prompts_app
 from ovbench.cli.report import report
 from ovbench.cli.run import run
 from ovbench.cli.schema import schema
+from ovbench.cli.sweep import sweep
 from ovbench.cli.table import table
 from ovbench.cli.train import train
 from ovbench.cli.verify import verify
 from ovbench.errors import OvbenchError, OvbenchWarning
+from ovbench.paths import TRUST
 
 EPILOG = (
     "Exit codes: 0 done; 1 a fault in ovbench itself (please report it); 2 a wrong option, name or combination; "
@@ -56,6 +58,12 @@ def ovbench(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Configs that you were given may name places outside their folder (OVBENCH_TRUST=1)."
+        ),
+    ] = False,
 ) -> None:
     """Benchmarks open-vocabulary semantic segmentation: accuracy, cost and provenance in one record.
 
@@ -66,12 +74,15 @@ def ovbench(
     ovbench predict street.jpg --classes "road, car, sky" --overlay out.png
     ovbench table
     """
+    if trust:
+        os.environ[TRUST] = "1"  # processes that are started inherit it
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
 
 
 app.command("run")(run)
 app.command("predict")(predict)
+app.command("sweep")(sweep)
 app.command("train")(train)
 app.command("list")(list_names)
 app.command("table")(table)
@@ -79,7 +90,7 @@ app.command("compare")(compare)
 app.command("profile")(profile)
 app.command("report")(report)
 app.command("verify")(verify)
-app.add_typer(data_app, name="data", help="Prepare, make and check copies of the benchmarks.")
+app.add_typer(data_app, name="data", help="Fetch, prepare, make and check copies of the benchmarks.")
 app.add_typer(prompts_app, name="prompts", help="Show, check or generate descriptions of classes.")
 app.command("env")(env)
 app.command("schema")(schema)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,3 +50,27 @@ def console(stream: IO[str]) -> Console:
     from rich.console import Console
 
     return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
+
+
+@contextmanager
+def bar(title: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress callback (done, all) that draws a bar on stderr where that is a terminal, else nothing."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    target = console(sys.stderr)
+    counts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if of_bytes:
+        counts = (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+    with Progress(*columns, console=target, transient=True, disable=not target.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,16 +1,17 @@
-"""``ovbench data``: benchmarks from downloads or generated, checks and class frequencies of what lies on disk."""
+"""``ovbench data``: benchmarks from downloads or generated, checks and class frequencies of what lies on disk.
+
+What there is, downloads and fingerprints are in ``data_files``.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import console, print_json, print_rich, print_text
+from ovbench.cli.console import bar, print_json, print_rich, print_text
+from ovbench.cli.data_files import data_download, data_fingerprint, data_list, root_of
 from ovbench.errors import DataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -21,23 +22,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="data",
-    help="Prepare downloads, make small generated data, check your own, or count its classes.",
+    help="Fetch and prepare benchmarks, make small generated data, check your own, or count its classes.",
     no_args_is_help=True,
 )
 
 TRAIN_IMAGES = 64
 
 
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback that draws a bar on stderr where that is a terminal, else nothing."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    target = console(sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=target, transient=True, disable=not target.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+app.command("list")(data_list)
+app.command("download")(data_download)
+app.command("fingerprint")(data_fingerprint)
 
 
 @app.command()
@@ -93,7 +87,7 @@ def synth(
     options: dict[str, Any] = {**counts, "seed": seed, "long_tail": long_tail, "classes": classes, "size": _size(size)}
     written = []
     for name in chosen:
-        with _bar(name) as progress:
+        with bar(name) as progress:
             root = write(name, out / get(name).name, progress=progress, **options)
         written.append({"benchmark": name, "root": str(root), **options})
         if not as_json:
@@ -152,11 +146,11 @@ def check(
     from ovbench.benchmarks.check import check as examine
 
     benchmark = get(name)
-    root = _root_of(name, data_root, own_root(benchmark))
+    root = root_of(name, data_root, own_root(benchmark))
     splits = list(benchmark.splits) if split == "all" else [benchmark.for_split(split).split]
     reports = []
     for one in splits:
-        with _bar(f"check {name} {one}") as progress:
+        with bar(f"check {name} {one}") as progress:
             reports.append(examine(name, root, split=one, workers=workers, limit=limit, progress=progress))
         if not as_json:
             _print_report(reports[-1])
@@ -164,13 +158,6 @@ def check(
         print_json([report.to_json() for report in reports] if split == "all" else reports[0].to_json())
     if not all(report.ok for report in reports):
         raise typer.Exit(DataError.exit_code)
-
-
-def _root_of(name: str, given: Path | None, own: Path | None) -> Path:
-    root = given or own
-    if root is None:
-        raise UsageError(f"Where is the {name} data? Give its folder with --data-root DIR.")
-    return root
 
 
 def _print_report(report: CheckReport) -> None:
@@ -219,13 +206,13 @@ def prepare(
     from ovbench.benchmarks.check import check as examine
     from ovbench.benchmarks.prepare import prepare as make
 
-    with _bar(f"prepare {name}") as progress:
+    with bar(f"prepare {name}") as progress:
         made = make(name, source, out, split=split, workers=workers, dry_run=dry_run, progress=progress)
     if not as_json:
         _print_prepared(made)
     reports = []
     for one in () if dry_run else made.splits:
-        with _bar(f"check {name} {one.split}") as progress:
+        with bar(f"check {name} {one.split}") as progress:
             reports.append(examine(name, made.root, split=one.split, workers=workers, progress=progress))
         if not as_json:
             _print_report(reports[-1])
@@ -275,9 +262,9 @@ def frequencies(
     from ovbench.benchmarks.frequencies import frequencies as count
 
     benchmark = get(name)
-    root = _root_of(name, data_root, own_root(benchmark))
+    root = root_of(name, data_root, own_root(benchmark))
     benchmark = benchmark.for_split(split)
-    with _bar(f"count {name} {split}") as progress:
+    with bar(f"count {name} {split}") as progress:
         found = count(benchmark, root, workers=workers, progress=progress)
     rows = _class_rows(benchmark, found)
     if as_json:

@@ -52,7 +52,8 @@ def predict(
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
     templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
-    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.")] = None,
+    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees beside a mask generator; 0 = off.")] = None,
+    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.")] = None,
     upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,
     pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.")] = None,
     window_batch: Annotated[int | None, typer.Option(help="Windows per forward.")] = None,
@@ -87,7 +88,7 @@ def predict(
         "window_batch": window_batch, "seed": seed, "method_options": options,
         "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
         "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
-        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr,
+        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr, "square": square,
     }  # fmt: skip
     facts = {"method": method, "weights": source, "demo": source == "builtin"}
     if many:

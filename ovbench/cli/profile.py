@@ -38,6 +38,7 @@ def profile(
     mode: Annotated[str | None, typer.Option(help="slide or whole.", rich_help_panel=PROTOCOL)] = None,
     crop: Annotated[int | None, typer.Option(help="Window side in pixels.", rich_help_panel=PROTOCOL)] = None,
     stride: Annotated[int | None, typer.Option(help="Window step in pixels.", rich_help_panel=PROTOCOL)] = None,
+    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that is resized to; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     upsample: Annotated[str | None, typer.Option(help="bilinear or jbu.", rich_help_panel=PROTOCOL)] = None,
     pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     patch_pad: Annotated[str | None, typer.Option(help="none or symmetric.", rich_help_panel=PROTOCOL)] = None,
@@ -78,7 +79,8 @@ def profile(
         "repeat": repeat, "throughput": throughput, "params_only": params_only, "seed": seed,
     }  # fmt: skip
     overrides = {
-        "mode": mode, "crop": crop, "stride": stride, "upsample": upsample, "pamr": pamr, "patch_pad": patch_pad,
+        "mode": mode, "crop": crop, "stride": stride, "square": square, "upsample": upsample, "pamr": pamr,
+        "patch_pad": patch_pad,
     }  # fmt: skip
     if part is None:
         spec = _method_spec(fields, classes, input, features, protocol, overrides)

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,11 @@ from ovbench.cli.console import console, print_rich, print_text, say
 from ovbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ovbench.results.panoptic import PanopticMetrics
     from ovbench.results.record import RunRecord
+    from ovbench.spec import RunSpec
 
 SOLVER = "discrepancy-"  # method ids of the solvers begin so
 WHAT, PROTOCOL, WORK = "What to run", "Protocol (overrides the preset, all recorded)", "How to work"
@@ -45,6 +49,7 @@ def run(
     mode: Annotated[str | None, typer.Option(help="slide or whole.", rich_help_panel=PROTOCOL)] = None,
     crop: Annotated[int | None, typer.Option(help="Window side in pixels.", rich_help_panel=PROTOCOL)] = None,
     stride: Annotated[int | None, typer.Option(help="Window step in pixels.", rich_help_panel=PROTOCOL)] = None,
+    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees of an image beside a mask generator; 0 = off.", rich_help_panel=PROTOCOL)] = None,
     logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.", rich_help_panel=PROTOCOL)] = None,
     prob_thd: Annotated[float | None, typer.Option(help="Below this probability: background.", rich_help_panel=PROTOCOL)] = None,
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share of the foreground are dropped.", rich_help_panel=PROTOCOL)] = None,
@@ -56,7 +61,7 @@ def run(
     scales: Annotated[str | None, typer.Option(metavar="A,B,...", help="Closed-set methods: factors on the size, whose probabilities are averaged, e.g. 0.5,1,1.5.", rich_help_panel=PROTOCOL)] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Closed-set methods: also the mirrored image.", rich_help_panel=PROTOCOL)] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.", rich_help_panel=PROTOCOL)] = None,
-    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset or size.", rich_help_panel=PROTOCOL)] = None,
+    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.", rich_help_panel=PROTOCOL)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step. Default: 1 on a CPU, 8 on a GPU.", rich_help_panel=WORK)] = None,
@@ -65,12 +70,14 @@ def run(
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images; marks the run partial.", rich_help_panel=WORK)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the same spec and data.", rich_help_panel=WORK)] = False,
+    skip_recorded: Annotated[bool, typer.Option("--skip-recorded", help="Print the record instead where the results hold a whole one of the same spec and data.", rich_help_panel=WORK)] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Look at the first labels before the run.", rich_help_panel=WORK)] = True,
     on_error: Annotated[str, typer.Option("--on-error", metavar="stop|skip", help="An image that is missing or cannot be read stops the run with its name, or is skipped, listed in the record and marks the run partial.", rich_help_panel=WORK)] = "stop",
     launcher: Annotated[str, typer.Option(help="Several processes share the images: none, pytorch (torchrun) or slurm (srun).", rich_help_panel=WORK)] = "none",
     results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
     save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the overlay gallery; 0 = none.", rich_help_panel=WORK)] = 4,
+    cache_masks: Annotated[float, typer.Option(metavar="GIB", min=0, help="Mask-based methods: keep the generator's proposals on disk, in at most so many GiB; 0 = off. Changes no number.", rich_help_panel=WORK)] = 0.0,
     track: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Send the record on to tensorboard, mlflow or wandb; may be repeated.", rich_help_panel=WORK)] = None,
     dump_config: Annotated[Path | None, typer.Option(help="Write the run as a plain mmengine config to this file and stop.", rich_help_panel=WORK)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the record, alone on stdout.", rich_help_panel=WORK)] = False,
@@ -86,47 +93,7 @@ def run(
     ovbench run --solver op --base sc-clip --attention dinov2-b14 -d voc20 --data-root ~/data
     torchrun --nproc-per-node 4 -m ovbench run -m sc-clip -d ade20k --data-root ~/data --launcher pytorch
     """
-    method, options = choose(method, solver, base, attention, attention_weights, parse_options(option or []))
-    if weights and pretrained:
-        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
-    source = weights or pretrained or ("builtin" if demo else "openai")
-    if demo and source not in {"builtin", "random"}:
-        raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
-    if demo and data_root is not None:
-        raise UsageError(
-            "--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin."
-        )
-    overrides = {
-        "short_side": short_side, "long_side": long_side, "mode": mode, "crop": crop, "stride": stride,
-        "logit_scale": logit_scale, "prob_thd": prob_thd, "area_thd": area_thd, "area_rule": area_rule,
-        "upsample": upsample, "pamr": pamr, "wording": wording, "templates": templates, "patch_pad": patch_pad, "pos_interp": pos_interp,
-        "scales": parse_scales(scales), "flip": flip,
-    }  # fmt: skip
-    from ovbench import benchmarks
-    from ovbench import spec as specs
-    from ovbench.registry import method_info
-
-    method_info(method)
-    benchmarks.get(dataset)
-    spec: specs.RunSpec = specs.validated(
-        specs.RunSpec,
-        {
-            "method": method,
-            "method_options": options,
-            "dataset": dataset,
-            "protocol": specs.protocol(protocol, dataset, method=method, **overrides),
-            "arch": arch,
-            "weights": source,
-            "activation": activation,
-            "dtype": dtype,
-            "device": own_device(device, launcher),
-            "window_batch": parse_window_batch(window_batch),
-            "compile_mode": compile_mode,
-            "limit": limit,
-            "seed": seed,
-            "demo": demo,
-        },
-    )
+    spec = _spec(locals())
     from ovbench.evaluate import RunOptions, ranks
     from ovbench.evaluate import run as evaluate
     from ovbench.evaluate import track as trackers
@@ -136,7 +103,8 @@ def run(
 
     how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
-        "on_error": on_error, "launcher": launcher, "save_predictions": save_predictions, "gallery": gallery, "check": check, "on_message": say,
+        "skip_recorded": skip_recorded, "on_error": on_error, "launcher": launcher, "save_predictions": save_predictions,
+        "gallery": gallery, "check": check, "cache_masks": cache_masks, "on_message": say,
         "command": shlex.join(["ovbench", *sys.argv[1:]]),
     }  # fmt: skip
     if dump_config is not None:
@@ -144,7 +112,7 @@ def run(
 
         print_text(str(dump(spec, RunOptions(**how), dump_config)))
         return
-    with _terminable(), progress("images") if lead else nullcontext(lambda done, total: None) as on_images:
+    with terminable(), progress("images") if lead else nullcontext(lambda done, total: None) as on_images:
         record = evaluate(spec, **how, on_images=on_images)
     if not lead:  # one speaks for all
         return
@@ -156,6 +124,66 @@ def run(
         print_text(record.to_json())
     else:
         show(record, results)
+
+
+def spec_of(arguments: Sequence[str]) -> RunSpec:
+    """What ``ovbench run ARGUMENTS`` would run, without running it.
+
+    Raises:
+        UsageError: As ``ovbench run`` would.
+    """
+    app = typer.Typer()
+    app.command("run")(run)
+    try:
+        context = typer.main.get_command(app).make_context("run", list(arguments))
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # typer's copy of click has no public names for its errors
+        if not callable(message):
+            raise
+        raise UsageError(" ".join(str(message()).split())) from None
+    device = context.params["device"]  # the run's own business: this machine may have none, or be another
+    named = None if device is None else device.partition(":")[0]
+    return _spec({**context.params, "device": named, "launcher": "none"})
+
+
+def _spec(given: Mapping[str, Any]) -> RunSpec:
+    """The spec that the options of :func:`run` ask for."""
+    method, options = choose(
+        given["method"], given["solver"], given["base"], given["attention"], given["attention_weights"],
+        parse_options(given["option"] or []),
+    )  # fmt: skip
+    weights, pretrained, demo, dataset = (given[name] for name in ("weights", "pretrained", "demo", "dataset"))
+    if weights and pretrained:
+        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
+    source = weights or pretrained or ("builtin" if demo else "openai")
+    if demo and source not in {"builtin", "random"}:
+        raise UsageError("--demo runs on the built-in CLIP: leave --weights and --pretrained away.")
+    if demo and given["data_root"] is not None:
+        raise UsageError(
+            "--demo makes its own scenes: leave --data-root away, or leave --demo away and say --weights builtin."
+        )
+    from ovbench import benchmarks
+    from ovbench import spec as specs
+    from ovbench.registry import method_info
+
+    method_info(method)
+    benchmarks.get(dataset)
+    overrides = {name: given[name] for name in specs.Protocol.model_fields if name in given}
+    overrides["scales"] = parse_scales(given["scales"])
+    found: RunSpec = specs.validated(
+        specs.RunSpec,
+        {
+            "method": method,
+            "method_options": options,
+            "dataset": dataset,
+            "protocol": specs.protocol(given["protocol"], dataset, method=method, **overrides),
+            "weights": source,
+            "device": own_device(given["device"], given["launcher"]),
+            "window_batch": parse_window_batch(given["window_batch"]),
+            **{name: given[name] for name in ("arch", "activation", "dtype", "compile_mode", "limit", "seed", "demo")},
+        },
+    )
+    return found
 
 
 def choose(
@@ -201,8 +229,8 @@ def choose(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a scheduler that wants the machine back) ends a run as Ctrl-C does: recorded, and resumable."""
+def terminable() -> Iterator[None]:
+    """SIGTERM (a scheduler that wants the machine back) is as Ctrl-C: what is done is recorded, and resumable."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -350,6 +378,10 @@ def show(record: RunRecord, results: Path) -> None:
         _figure(cost.peak_memory_mib, 0),
     )
     print_rich(table)
+    if metrics.panoptic is not None:
+        print_rich(_panoptic_table(metrics.panoptic))
+    elif metrics.panoptic_reason:
+        print_text(f"no panoptic quality: {metrics.panoptic_reason}")
     if record.demo:
         print_text("demo: built-in CLIP or generated scenes. A check of the pipeline, no evidence about the method.")
     for failure in record.failures:
@@ -361,6 +393,22 @@ def show(record: RunRecord, results: Path) -> None:
     for name, file in (("picture", "gallery.png"), ("labels", "predictions")):
         if (path.with_suffix("") / file).exists():
             print_text(f"{name:8s} {path.with_suffix('') / file}")
+
+
+def _panoptic_table(found: PanopticMetrics) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for head in ("", "PQ %", "SQ %", "RQ %", "classes"):
+        table.add_column(head, justify="right" if head else "left")
+    count = found.things.classes + found.stuff.classes
+    for kind, mean, classes in (
+        ("all", found, count),
+        ("things", found.things, found.things.classes),
+        ("stuff", found.stuff, found.stuff.classes),
+    ):
+        table.add_row(kind, *(_figure(value, 2) for value in (mean.pq, mean.sq, mean.rq)), str(classes))
+    return table
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -44,8 +44,8 @@ def table(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Figures: miou (when left out), macc, aacc, latency, images_per_s, gmacs, gflops, params, memory; "
-            "separated by commas."
+            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs, gflops, params, memory; separated "
+            "by commas. Left out: miou, and pq where there is some."
         ),
     ] = None,
     explain: Annotated[
@@ -117,7 +117,7 @@ def _of_records(results: Path, methods: str | None, datasets: str | None, column
         used = {record.spec.dataset for record in records if record.status == "ok"}
         known = [name for name in benchmarks.names() if name in used]
         chosen_datasets = known + sorted(used.difference(known))
-    return arrange(records, chosen_methods, chosen_datasets, _names(columns, "--columns") or ["miou"])
+    return arrange(records, chosen_methods, chosen_datasets, _names(columns, "--columns"))
 
 
 def _of_paper(paper: str, number: str | None, protocol: str | None, results: Path, profiles: Path) -> Table | None:

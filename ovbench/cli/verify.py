@@ -126,7 +126,8 @@ def verdict(found: Verification) -> list[str]:
     what = f"{found.images} image{'s' if found.images > 1 else ''}{part}"
     if found.equal:
         how = "the areas of all classes in every image" if found.per_image else "the areas of all classes, summed"
-        return [f"EQUAL: {what}, {how} are the recorded ones.", f"mIoU {_percent(found.miou[0])}"]
+        pq = "" if found.pq[0] is None else f", PQ {_percent(found.pq[0])}"
+        return [f"EQUAL: {what}, {how} are the recorded ones.", f"mIoU {_percent(found.miou[0])}{pq}"]
     lines = [f"DIFFERENT: {what}."]
     if found.label_differs:
         names = ", ".join(found.label_differs[:3]) + (" ..." if len(found.label_differs) > 3 else "")
@@ -137,6 +138,8 @@ def verdict(found: Verification) -> list[str]:
     one, two = found.miou
     moved = "" if found.difference is None else f", {found.difference:+.4g} points"
     lines.append(f"mIoU {_percent(one)} recorded, {_percent(two)} now{moved}")
+    if not found.panoptic_equal:
+        lines.append(f"PQ {_percent(found.pq[0])} recorded, {_percent(found.pq[1])} now")
     return lines
 
 

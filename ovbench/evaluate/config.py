@@ -9,6 +9,7 @@ from typing import Any
 from ovbench.errors import RunError
 from ovbench.evaluate.inputs import data_of, words_of
 from ovbench.evaluate.run import RunOptions
+from ovbench.paths import user_path
 from ovbench.spec import RunSpec
 
 HEADER = '''"""{method} on {dataset}, written by 'ovbench run --dump-config'.
@@ -36,7 +37,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     root, _ = data_of(benchmark, spec, options.data_root)
     closed = method_info(spec.method).track == CLOSED_SET
     classes = list(benchmark.class_names) if closed else words_of(benchmark, spec)[0]
-    path = Path(spec.weights).expanduser()
+    path = user_path(spec.weights)
     info = method_info(spec.method)
     # a method from a file is no type of mmseg's registry
     kind = (
@@ -65,9 +66,10 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
+    imports = ["ovbench.segmentor"] + ["ovbench.benchmarks.panoptic_dataset"] * (benchmark.panoptic is not None)
     return {
         "default_scope": "mmseg",
-        "custom_imports": {"imports": ["ovbench.segmentor"], "allow_failed_imports": False},
+        "custom_imports": {"imports": imports, "allow_failed_imports": False},
         "model": model,
         "test_dataloader": {
             "batch_size": options.batch or 1,

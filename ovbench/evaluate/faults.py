@@ -7,6 +7,7 @@ import re
 
 from ovbench.errors import OvbenchError, RunError
 
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # of a GPU; of the machine
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 
 
@@ -22,11 +23,17 @@ def clear_error(error: Exception) -> OvbenchError:
             if last is not None:
                 error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+    named = type(error).__name__ == "OutOfMemoryError" or any(said in text.lower() for said in _NO_MEMORY)
+    if named or isinstance(error, MemoryError):
         first = (text.splitlines() or ["no more main memory."])[0]
         return RunError(
             f"Out of memory: {first} Use a smaller --window-batch or --batch, or --dtype bfloat16; "
             "finished images are kept, continue with --resume."
+        )
+    if "torchvision::" in text:
+        return RunError(
+            f"torch and torchvision do not belong together ({text.splitlines()[0]}). Install both from the same place: "
+            "pip install --force-reinstall torch torchvision."
         )
     if "DataLoader worker" in text or isinstance(
         error, (ConnectionError, EOFError)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
-from ovbench.paths import cache_dir
+from ovbench.paths import cache_dir, user_path
 from ovbench.spec import RunSpec
 
 DEMO_IMAGES = 24
@@ -51,7 +51,7 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
     name = wording_of(benchmark, spec)
     if name in benchmark.wordings:
         return benchmark.words(name), benchmark.words_sha256(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         return benchmark.words(name), ""  # raises with the nearest names
     words = read_classes(path)

@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.compat import import_mmseg
-from ovbench.errors import DataError, OvbenchError
+from ovbench.errors import DataError, OvbenchError, RunError
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.ranks import Team
-from ovbench.evaluate.shards import ImageResult, Shard
+from ovbench.evaluate.shard_lines import ImageResult
+from ovbench.evaluate.shards import Shard
 from ovbench.evaluate.signals import held_back, leave_signals
 from ovbench.ops.areas import areas
+from ovbench.ops.panoptic import Quality, quality
 from ovbench.pictures import require_complete
 from ovbench.profile.timing import Stopwatch
 
@@ -182,7 +184,7 @@ class Monitor:
 
 @METRICS.register_module()
 class AreaMetric(BaseMetric):  # type: ignore[misc]
-    """Areas of every image, as int64, straight into the shard; the sums are taken from there.
+    """Areas and panoptic quality of every image straight into the shard; the sums are taken from there.
 
     Args:
         benchmark: Checks that label ids are in range.
@@ -216,9 +218,10 @@ class AreaMetric(BaseMetric):  # type: ignore[misc]
                     m.failed.append(Failed(index, name, self._fault(label, source, name, error)))
                     continue
                 areas_cpu = type(found)(*(part.cpu() for part in found))
+                scored = self._quality(sample, name)
                 if m.keep is not None:
                     m.keep(index, sample)
-                finished.append(ImageResult(index, Path(name).name, areas_cpu, per_image))
+                finished.append(ImageResult(index, Path(name).name, areas_cpu, per_image, scored))
         finally:
             m.shard.append(finished)
             m.results.extend(finished)
@@ -231,6 +234,17 @@ class AreaMetric(BaseMetric):  # type: ignore[misc]
         except DataError as found:
             return found
         return DataError(f"The label '{source}' does not fit the image '{name}': {error}.")
+
+    def _quality(self, sample: dict[str, Any], name: str) -> Quality | None:
+        """Parts of panoptic quality of one image; None where truth or prediction has no segments."""
+        pred, truth = sample.get("pred_panoptic"), sample.get("gt_panoptic")
+        if pred is None or truth is None:
+            return None
+        try:
+            areas = sample.get("gt_panoptic_areas")
+            return quality(pred.to(truth.ids.device), truth, self.benchmark.num_classes, areas)
+        except ValueError as error:
+            raise RunError(f"The predicted segments of '{name}' cannot be scored: {error}.") from error
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """Only the count: scores are computed from the shard, which a resumed run shares."""

@@ -102,14 +102,14 @@ class Team:
         if self.lead:
             self._set("prepared", "")
 
-    def told(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The first process' content (plain data), in all processes."""
+    def told(self, content: dict[str, Any], key: str = "plan") -> dict[str, Any]:
+        """The first process' content (plain data), in all processes; every key is told once."""
         if self._store is None:
             return content
         if self.lead:
-            self._set("plan", json.dumps(content))
+            self._set(key, json.dumps(content))
             return content
-        found: dict[str, Any] = json.loads(self._wait_for("plan"))
+        found: dict[str, Any] = json.loads(self._wait_for(key))
         return found
 
     def shares(self, own: Share) -> list[Share]:

@@ -18,9 +18,13 @@ from ovbench.errors import Interrupted, RunError, UsageError
 from ovbench.evaluate import ranks
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.signals import held_back
+from ovbench.paths import user_path
 from ovbench.results import record as records
 from ovbench.results import store
+from ovbench.results.panoptic import panoptic_from_sums
 from ovbench.spec import RunSpec, validated
+
+RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class RunOptions:
         batch: Images per step; None takes 1 on a CPU and 8 on a GPU, where small batches leave it idle.
         workers: Processes that read and resize images; None chooses.
         resume: Continue the newest unfinished run of the same spec and data.
+        skip_recorded: Return the newest whole record of the same spec and data where there is one.
         on_error: What an image that cannot be read does: ``stop`` the run with its name, or ``skip`` it, which marks the
             run partial.
         launcher: What has started this process and others that share the images: ``none``, ``pytorch`` or ``slurm``.
         save_predictions: Write a palette PNG per image.
         gallery: Images in the overlay gallery, 0 for none.
         check: Look at the first label files before anything else.
+        cache_masks: Keep the proposals of a mask generator on disk, in a folder of at most so many GiB; 0 = off.
         command: Command line for the record.
         on_images: Progress callback (finished, total).
         on_message: Receives notices for the user.
@@ -49,11 +55,13 @@ class RunOptions:
     batch: int | None = None
     workers: int | None = None
     resume: bool = False
+    skip_recorded: bool = False
     on_error: Literal["stop", "skip"] = "stop"
     launcher: str = "none"
     save_predictions: bool = False
     gallery: int = 4
     check: bool = True
+    cache_masks: float = 0.0
     command: str | None = None
     on_images: Callable[[int, int], None] = lambda done, total: None
     on_message: Callable[[str], None] = lambda text: None
@@ -74,6 +82,7 @@ class _State:
     shard: Any = None
     partial_reason: str | None = None
     benchmark: Any = None
+    recorded: records.RunRecord | None = None
     team: ranks.Team = field(default_factory=ranks.Team)
 
 
@@ -85,7 +94,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         **options: Fields of :class:`RunOptions` (``data_root=``, ``results=``, ``batch=``, ``resume=`` ...).
 
     Returns:
-        The record as stored.
+        The record as stored, with ``skip_recorded`` perhaps by an earlier run.
 
     Raises:
         UsageError, DataError, WeightsError: Nothing was computed and no record written.
@@ -99,7 +108,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         )
     for key in ("data_root", "results"):
         if options.get(key) is not None:
-            options[key] = Path(options[key]).expanduser()
+            options[key] = user_path(options[key])
     chosen = replace(RunOptions(), **options)
     if chosen.on_error not in ("stop", "skip"):
         raise UsageError(f"on_error is {chosen.on_error!r}; give 'stop' or 'skip'.")
@@ -137,7 +146,10 @@ def _run(state: _State) -> records.RunRecord:
         raise clear from error
     with held_back(deliver=False):  # a run that is being recorded has ended, whoever wants to interrupt it
         try:
-            record, path = _store(state, "ok", state.partial_reason)
+            if state.recorded is not None:
+                record, path = state.recorded, store.record_path(state.recorded, state.options.results)
+            else:
+                record, path = _store(state, "ok", state.partial_reason)
         except RunError as error:
             error.args = (f"{error} All images are done and kept; continue with --resume.",)
             team.failed(error)
@@ -184,11 +196,13 @@ def _evaluate(state: _State) -> None:
         state.fingerprint = benchmark.fingerprint(root, incomplete=faulty)
         build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
         model, known = build(spec, benchmark, state)
-    weights = Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights
+    weights = Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights
     state.weights_sha256 = known["weights_sha256"]
     demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
     common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
     state.spec = spec.model_copy(update={**common, **known})
+    if options.skip_recorded and _is_recorded(state):
+        return
     options.on_message(
         f"{state.spec.method} on {spec.dataset}: {state.spec.arch}, {spec.weights}, {spec.protocol.name} protocol"
         + (f", {state.team.world} processes" if state.team.world > 1 else "")
@@ -197,6 +211,17 @@ def _evaluate(state: _State) -> None:
     from ovbench.evaluate.session import evaluate_images
 
     evaluate_images(state, benchmark, root, model, synthetic=synthetic)
+
+
+def _is_recorded(state: _State) -> bool:
+    """Whether there is a whole record of the same spec and data; the first process looks, for all."""
+    options, found = state.options, None
+    if state.team.lead:
+        assert state.fingerprint is not None  # taken before the model was built
+        found = state.recorded = store.find_whole(state.spec, state.fingerprint, options.results)
+    if found is not None:
+        options.on_message(f"{RECORDED}{store.record_path(found, options.results)}")
+    return bool(state.team.told({"recorded": found is not None}, "recorded")["recorded"])
 
 
 def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
@@ -213,7 +238,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
 
     require_device(spec.device)
     cls = method_class(spec.method)
-    path = Path(spec.weights).expanduser()
+    path = user_path(spec.weights)
     about = read_about(path) if path.is_file() else None
     given = spec.method_options
     if about is not None:
@@ -223,6 +248,8 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     query_words = [word for entry in words for word in entry]
     prompts_hash = prompts(spec.protocol.templates).sha256(query_words)
     method = cls.load(spec.weights, spec.arch, config, activation=spec.activation, seed=spec.seed, device=spec.device)
+    if state.options.cache_masks > 0:
+        method.cache_proposals(int(state.options.cache_masks * 2**30))
     clip = method.clip
     protocol = spec.protocol.model_copy(
         update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": prompts_hash}
@@ -321,15 +348,25 @@ def _failures(state: _State) -> tuple[records.ImageFailure, ...]:
 
 
 def metrics_of(state: _State) -> records.Metrics:
-    """Scores from the areas in the run's shard file."""
-    total = state.shard.total()
+    """Scores from what the run's shard file holds per image."""
+    benchmark, total = state.benchmark, state.shard.total()
+    panoptic, reason = None, None
+    if benchmark.panoptic is not None:
+        sums = state.shard.total_quality()
+        if sums is None:
+            reason = f"{state.spec.method} gives labels per pixel, no segments"
+        else:
+            parts = (part.tolist() for part in sums)
+            panoptic = panoptic_from_sums(benchmark.class_names, benchmark.panoptic.things, *parts)
     return records.metrics_from_areas(
-        state.benchmark.class_names,
+        benchmark.class_names,
         total.intersect.tolist(),
         total.union.tolist(),
         total.pred.tolist(),
         total.label.tolist(),
         images=len(state.shard.done),
+        panoptic=panoptic,
+        panoptic_reason=reason,
     )
 
 

@@ -56,6 +56,8 @@ def evaluate_images(
 
     stopwatch = Stopwatch(model.device)
     model.stage = stopwatch.stage
+    if getattr(model, "gives_segments", False) and benchmark.panoptic is not None:
+        model.set_things(benchmark.panoptic.things)  # type: ignore[operator]
     pictures = Pictures(state, benchmark)
     monitor = Monitor(
         state.shard,
@@ -68,12 +70,13 @@ def evaluate_images(
     )
     workers = default_workers(spec.device) if options.workers is None else options.workers
     sample = images.first()
-    _warm_up(model, sample)
+    segmentor = OpenVocabSegmentor(model=model)
+    _warm_up(segmentor, sample)
     stopwatch.discard()
     resettable = reset_peak_memory(model.device)
     with quiet_work_folder() as work_dir:
         runner = EvaluationRunner(
-            model=OpenVocabSegmentor(model=model),
+            model=segmentor,
             work_dir=work_dir,
             test_dataloader=Readers(images, own, workers),
             test_evaluator=Evaluator([AreaMetric(benchmark, monitor)]),
@@ -131,6 +134,7 @@ def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: 
     from mmengine.registry import DefaultScope
     from mmseg.registry import DATASETS
 
+    import ovbench.benchmarks.panoptic_dataset
     import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
     cfg = benchmark.dataset_cfg(root, short_side=short_side, long_side=long_side)
@@ -219,10 +223,11 @@ def _open_own(state: _State, folder: Path, identity: dict[str, Any], num_classes
         options.on_message(f"Resuming {state.run_id}: {len(state.shard.done)} images are done.")
 
 
-def _warm_up(model: SegmentationModel, sample: Any) -> None:
+def _warm_up(segmentor: Any, sample: Any) -> None:
     """One image through everything, so that allocation and kernel choice are not timed."""
-    image = sample["inputs"].flip(0)
-    model.predict_labels([image], [tuple(sample["data_samples"].ori_shape[:2])])
+    own = sample["data_samples"].clone()  # the prediction goes into it
+    with torch.inference_mode():
+        segmentor.test_step({"inputs": [sample["inputs"]], "data_samples": [own]})
 
 
 @contextmanager
@@ -302,10 +307,15 @@ def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str]:
         boxes = len(found)
         height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]
     batch = model.network_input(torch.zeros(1, 3, height, width))
-    if isinstance(model, ClosedSetModel):
-        counted = flops.count(lambda: model.network(batch))
-    else:
-        counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
+    masks = ""
+    with model.precision():
+        if isinstance(model, ClosedSetModel):
+            counted = flops.count(lambda: model.network(batch))
+        elif getattr(model, "gives_segments", False):
+            counted = flops.count(lambda: model.run_network(batch))
+            masks = f" with {model.method.config.masks} masks, the generator left out"
+        else:
+            counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
     shape = "x".join(str(side) for side in batch.shape)
     views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
-    return counted, f"{shape}, one forward; the first image takes {boxes}{views}"
+    return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}"

@@ -9,25 +9,25 @@ A shard that is open is locked; the lock goes with its process, however that end
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import time
 import warnings
 import weakref
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ovbench.errors import DataError, OvbenchWarning, RunError
+from ovbench.evaluate.shard_lines import ImageResult, failure_entry, opened, result_entry, result_of, sealed
 from ovbench.evaluate.signals import held_back
 from ovbench.ops.areas import Areas
+from ovbench.ops.panoptic import Quality
 
 try:
     import fcntl
@@ -36,35 +36,19 @@ except ImportError:  # no Unix: runs are not guarded against each other
 
 SUFFIX = ".areas.jsonl"
 VERSION = 1
+PATIENCE_S = 30.0  # a run that was killed may take as long to let go of its file
 _OF_RANK = re.compile(r"\.rank\d+$")
 _IDENTITY = ("spec_hash", "dataset_fingerprint")
 
 
-@dataclass(frozen=True)
-class ImageResult:
-    """One finished image.
-
-    Attributes:
-        index: Place in the dataset.
-        name: File name for people.
-        areas: Pixel counts per class (K,), int64.
-        times_ms: Milliseconds per stage and in ``total``.
-    """
-
-    index: int
-    name: str
-    areas: Areas
-    times_ms: dict[str, float]
-
-
 class Shard:
-    """Reads and appends the results of one run.
+    """Reads and appends the results of one run; the file is this process' alone until :meth:`close`.
 
     Args:
         path: The file; created with its header unless it exists.
         header: What identifies the run (``spec_hash``, ``dataset_fingerprint``, ``run_id``, ``started``).
         num_classes: K.
-        wait: Seconds to wait for another process to let go of the file.
+        wait: Seconds to wait for another process to let go of the file; None is :data:`PATIENCE_S`.
 
     Attributes:
         done: Finished images by index.
@@ -76,7 +60,7 @@ class Shard:
         DataError: An existing file belongs to another run.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], num_classes: int, wait: float = 0.0) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], num_classes: int, wait: float | None = None) -> None:
         self.path = path
         self.num_classes = num_classes
         self.done: dict[int, ImageResult] = {}
@@ -101,10 +85,10 @@ class Shard:
             self.close()
             raise
 
-    def _lock(self, wait: float) -> None:
+    def _lock(self, wait: float | None) -> None:
         if fcntl is None:
             return
-        until = time.monotonic() + wait
+        until = time.monotonic() + (PATIENCE_S if wait is None else wait)
         while True:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,13 +120,13 @@ class Shard:
         content = self.path.read_bytes()
         lines = content.split(b"\n")
         rest = lines.pop()  # what a killed process did not finish, else empty
-        header = _opened(lines[0]) if lines else None
+        header = opened(lines[0]) if lines else None
         different = [key for key in _IDENTITY if header is None or header.get(key) != self._header.get(key)]
         if header is None or different or header.get("version") != VERSION:
             raise DataError(f"'{self.path}' belongs to another run ({', '.join(different) or 'version'} differs).")
         self._header = header
         for line in lines[1:]:
-            entry = _opened(line)
+            entry = opened(line)
             try:
                 self._take(entry)
             except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
@@ -158,7 +142,7 @@ class Shard:
         if "error" in entry:
             self.failed[int(entry["index"])] = str(entry["name"]), str(entry["error"])
             return
-        result = _from_json(entry, self.num_classes)
+        result = result_of(entry, self.num_classes)
         self.done[result.index] = result
 
     def _rewrite(self) -> None:
@@ -171,7 +155,11 @@ class Shard:
             if fcntl is not None:
                 with suppress(OSError):
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for entry in [self._header, *map(_to_json, self.done.values()), *map(_failure, self.failed.items())]:
+            for entry in [
+                self._header,
+                *map(result_entry, self.done.values()),
+                *map(failure_entry, self.failed.items()),
+            ]:
                 self._line(entry)
             os.fsync(self._fd)
             os.replace(partial, self.path)
@@ -188,7 +176,7 @@ class Shard:
         try:
             with held_back():
                 for result in results:
-                    self._line(_to_json(result))
+                    self._line(result_entry(result))
                     self.done[result.index] = result
                     self.failed.pop(result.index, None)
         except OSError as error:
@@ -202,13 +190,13 @@ class Shard:
         """
         try:
             with held_back():
-                self._line(_failure((index, (name, reason))))
+                self._line(failure_entry((index, (name, reason))))
                 self.failed[index] = name, reason
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
     def _line(self, content: dict[str, Any]) -> None:
-        data = _sealed(content)
+        data = sealed(content)
         start = os.fstat(self._fd).st_size
         try:
             while data:
@@ -218,7 +206,7 @@ class Shard:
                 os.ftruncate(self._fd, start)
             raise
 
-    def absorb(self, path: Path, wait: float = 0.0) -> int:
+    def absorb(self, path: Path, wait: float | None = None) -> int:
         """Takes in the shard of another process of the same run, removes it, and returns how many images it had.
 
         Raises:
@@ -273,6 +261,17 @@ class Shard:
             total = Areas(*(a + b for a, b in zip(total, result.areas, strict=True)))
         return total
 
+    def total_quality(self) -> Quality | None:
+        """Sum of the parts of panoptic quality; None unless every finished image has them.
+
+        Images are added in dataset order, because sums of floats depend on it: a resumed run gives the same.
+        """
+        found = [self.done[index].quality for index in sorted(self.done)]
+        if not found or None in found:
+            return None
+        parts = zip(*(quality for quality in found if quality is not None), strict=True)
+        return Quality(*(functools.reduce(torch.add, part) for part in parts))
+
 
 _open_shards: weakref.WeakSet[Shard] = weakref.WeakSet()
 
@@ -309,6 +308,8 @@ def find_unfinished(folder: Path, spec_hash: str, fingerprint: str) -> Path | No
                 text = f"'{path}' is passed over: its first line, which says whose it is, is damaged."
                 warnings.warn(text, OvbenchWarning, stacklevel=2)
             continue
+        if path.name != f"{header.get('run_id')}{SUFFIX}":
+            continue  # the id becomes a path: it is believed where it is this file's own name
         if header.get("spec_hash") != spec_hash or header.get("dataset_fingerprint") != fingerprint:
             continue
         if _status(path.with_name(f"{stem}.json")) != "ok":
@@ -319,7 +320,7 @@ def find_unfinished(folder: Path, spec_hash: str, fingerprint: str) -> Path | No
 def _status(record: Path) -> str | None:
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or damaged: it is written anew
+    except (OSError, ValueError, RecursionError):  # none, or damaged: it is written anew
         return None
     return content.get("status") if isinstance(content, dict) else None
 
@@ -328,58 +329,9 @@ def read_header(path: Path) -> dict[str, Any] | None:
     """The first line of a shard file; None where there is none or it is damaged."""
     try:
         with path.open("rb") as file:
-            return _opened(file.readline().rstrip(b"\n"))
+            return opened(file.readline().rstrip(b"\n"))
     except OSError:
         return None
-
-
-def _sealed(content: dict[str, Any]) -> bytes:
-    """A line with its checksum."""
-    return _text({**content, "crc": zlib.crc32(_text(content))}) + b"\n"
-
-
-def _opened(line: bytes) -> dict[str, Any] | None:
-    """The content of a line; None where it is damaged. Lines of older files have no checksum."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(content, dict):
-        return None
-    known = content.pop("crc", None)
-    return content if known is None or known == zlib.crc32(_text(content)) else None
-
-
-def _text(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _failure(item: tuple[int, tuple[str, str]]) -> dict[str, Any]:
-    index, (name, reason) = item
-    return {"index": index, "name": name, "error": reason}
-
-
-def _to_json(result: ImageResult) -> dict[str, Any]:
-    used = ((result.areas.pred > 0) | (result.areas.label > 0)).nonzero()[:, 0]
-    return {
-        "index": result.index,
-        "name": result.name,
-        "classes": used.tolist(),
-        "intersect": result.areas.intersect[used].tolist(),
-        "pred": result.areas.pred[used].tolist(),
-        "label": result.areas.label[used].tolist(),
-        "times_ms": {key: round(value, 4) for key, value in result.times_ms.items()},
-    }
-
-
-def _from_json(content: dict[str, Any], num_classes: int) -> ImageResult:
-    used = torch.tensor(content["classes"], dtype=torch.int64)
-
-    def spread(values: list[int]) -> Tensor:
-        return torch.zeros(num_classes, dtype=torch.int64).index_put((used,), torch.tensor(values, dtype=torch.int64))
-
-    areas = Areas(spread(content["intersect"]), spread(content["pred"]), spread(content["label"]))
-    return ImageResult(content["index"], content["name"], areas, content["times_ms"])
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:

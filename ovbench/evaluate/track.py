@@ -72,6 +72,8 @@ def scalars(record: RunRecord) -> dict[str, float]:
         scores = record.metrics
         found |= {"accuracy/mIoU": scores.miou, "accuracy/mAcc": scores.macc, "accuracy/aAcc": scores.aacc}
         found["accuracy/images"] = float(scores.images)
+        if scores.panoptic is not None:
+            found |= {f"accuracy/{name.upper()}": getattr(scores.panoptic, name) for name in ("pq", "sq", "rq")}
         for index, score in enumerate(scores.classes):
             key = f"IoU/{_UNSAFE.sub('_', score.name)}"
             # two names may become one

@@ -98,6 +98,8 @@ class Verification:
         environment: Fields of machine and numerics that differ.
         packages: Versions that differ.
         code: Commit of ovbench and whether it had changes, where they differ.
+        pq: Panoptic quality in percent; None on a side that has none, or where not all recorded images were repeated.
+        panoptic_equal: Whether counts and sums of IoU of every class are the recorded ones, where ``pq`` has both.
     """
 
     run_id: str
@@ -115,11 +117,13 @@ class Verification:
     environment: Pairs
     packages: Pairs
     code: Pairs
+    pq: tuple[float | None, float | None] = (None, None)
+    panoptic_equal: bool = True
 
     @property
     def equal(self) -> bool:
-        """Whether all areas are the recorded ones, to the pixel."""
-        return self.pixels == 0 and not self.differing and not self.label_differs
+        """Whether all areas are the recorded ones, to the pixel, and with them the panoptic quality."""
+        return self.pixels == 0 and not self.differing and not self.label_differs and self.panoptic_equal
 
     @property
     def difference(self) -> float | None:
@@ -190,11 +194,16 @@ def spec_again(record: RunRecord, given: Given) -> RunSpec:
         WeightsError: The weights file is not the recorded one.
     """
     from ovbench import benchmarks
-    from ovbench.registry import class_of
+    from ovbench.registry import class_of, is_path
 
     old = record.spec
     method = given.method or old.method
-    if given.method is None and "source_sha256" in old.method_options:
+    base = str({**old.method_options, **(given.options or {})}.get("base", ""))
+    if is_path(base) and "base" not in (given.options or {}):
+        raise UsageError(
+            f"The record names the file '{base}' as base method, whose code would be run: add --option base=."
+        )
+    if given.method is None and ("source_sha256" in old.method_options or is_path(old.method)):
         raise UsageError(
             f"'{old.method}' is a method from a file, which the record does not hold: add --method FILE.py:CLASS."
         )
@@ -317,6 +326,8 @@ def _compared(
                 differing.append(ImageDifference(name, changed, int(again.label[index].sum())))
         pixels = sum(entry.pixels for entry in differing)
     scores = zip(before.classes, now.metrics.classes, strict=True)
+    whole = now.metrics.images == record.metrics.images
+    quality = (record.metrics.panoptic, now.metrics.panoptic) if whole else (None, None)
     ignored = {"limit"} | {name for name in ("weights", "arch") if given.weights is not None}
     ignored |= {f"protocol.{name}" for name in ("wording", "templates") if getattr(given, name) is not None}
     spec = _pairs(flat(record.spec.model_dump(mode="json")), flat(now.spec.model_dump(mode="json")))
@@ -330,6 +341,8 @@ def _compared(
         differing=tuple(sorted(differing, key=lambda entry: (-entry.pixels, entry.name))),
         label_differs=tuple(labels),
         miou=(before.miou, now.metrics.miou),
+        pq=(None if quality[0] is None else quality[0].pq, None if quality[1] is None else quality[1].pq),
+        panoptic_equal=quality[0] == quality[1],
         classes={old.name: (old.iou, new.iou) for old, new in scores if old.iou != new.iou},
         spec={name: pair for name, pair in spec.items() if name not in ignored},
         data=_pairs(*({"dataset fingerprint": one.provenance.dataset_fingerprint} for one in (record, now))),

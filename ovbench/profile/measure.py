@@ -31,12 +31,13 @@ def measure(subject: Subject, tell: Tell = lambda text: None) -> ProfileEfficien
     """
     spec = subject.spec
     total = count_parameters(subject.network)
+    sizes = by_part(subject.network, subject.parts) if subject.trained is None else subject.trained
     figures: dict[str, Any] = {
         "params_m": total.total / 1e6,
-        "trainable_params_m": total.trainable / 1e6,
+        "trainable_params_m": sum(part.trainable for part in sizes.values()) / 1e6,
         "parts": {
             name: PartSize(params_m=part.total / 1e6, trainable_params_m=part.trainable / 1e6)
-            for name, part in by_part(subject.network, subject.parts).items()
+            for name, part in sizes.items()
         },
         "convention": spec.count,
         "counted": COUNTED[spec.count],

@@ -178,7 +178,7 @@ def read(path: str | os.PathLike[str]) -> ProfileRecord:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"Cannot read the profile '{path}': {error.strerror or error}.") from error
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise DataError(f"'{path}' is not a profile: it is no valid JSON ({error}).") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

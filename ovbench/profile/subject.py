@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError
+from ovbench.paths import user_path
+from ovbench.profile.parameters import Parameters, by_part
 from ovbench.profile.report import ProfileSpec
 from ovbench.profile.timing import Stopwatch
 
@@ -35,6 +37,7 @@ class Subject:
         windows: Forwards per whole image.
         watch: Makes the stages that the model names go to a stopwatch.
         countable: Within it the steps run uncompiled, so that every operation can be seen.
+        trained: Parameters by part under the policy that the method's recipes train; None: as they stand.
     """
 
     spec: ProfileSpec
@@ -47,6 +50,7 @@ class Subject:
     windows: int | None
     watch: Callable[[Stopwatch], None]
     countable: Callable[[], AbstractContextManager[None]] = nullcontext
+    trained: dict[str, Parameters] | None = None
 
 
 def build_subject(spec: ProfileSpec) -> Subject:
@@ -136,7 +140,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
             **found,
             "method": info.name,
             "method_options": {**found["method_options"], **info.recorded()},
-            "weights": Path(spec.weights).name if Path(spec.weights).expanduser().is_file() else spec.weights,
+            "weights": Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights,
             "classes": model.num_classes,
             "input": f"{height}x{width}",
         }
@@ -174,6 +178,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
         finally:
             setattr(model, name, network)
 
+    trained = _trained(model, parts)
     with torch.inference_mode():
         shape = model.network_input(pictures(1, window)).shape
     return Subject(
@@ -187,7 +192,23 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
         windows=views,
         watch=watch,
         countable=countable,
+        trained=trained,
     )
+
+
+def _trained(model: Any, parts: dict[str, nn.Module]) -> dict[str, Parameters] | None:
+    """Parameters by part while those have gradients that a mask-based method's own policy trains; None for others."""
+    method: Any = getattr(model, "method", None)
+    if not getattr(method, "POLICIES", ()):
+        return None
+    names = {name for group in method.parameter_groups() for name in group["params"]}
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in names)
+    sizes = by_part(model, parts)
+    method.requires_grad_(False)
+    if hasattr(method.clip, "join_projections"):
+        method.clip.join_projections()
+    return sizes
 
 
 def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:

@@ -121,9 +121,10 @@ def read(path: Path) -> Descriptions:
     content = read_json(path)
     if set(content) - _TOP:
         raise DataError(f"'{path}': unknown field '{min(set(content) - _TOP)}'. Known: {', '.join(sorted(_TOP))}.")
-    attributes = tuple(content.get("attributes", ATTRIBUTES))
-    if not all(isinstance(name, str) and name.isidentifier() for name in attributes):
+    given = content.get("attributes", list(ATTRIBUTES))
+    if not isinstance(given, list) or not all(isinstance(name, str) and name.isidentifier() for name in given):
         raise DataError(f"'{path}': 'attributes' is a list of names, e.g. [\"colour\", \"shape\"].")
+    attributes = tuple(given)
     entries = [_entry(path, name, written, attributes) for name, written in content["classes"].items()]
     return described_in(str(path), attributes, entries)
 
@@ -138,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(path, pairs))
     except OSError as error:
         raise DataError(f"Cannot read the prompts '{path}': {error.strerror}.") from None
-    except ValueError as error:  # JSON and UTF-8 alike
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 alike
         raise DataError(f"The prompts '{path}' are no JSON: {error}.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f'\'{path}\' has no "format": "{FORMAT}". docs/prompts.md shows how such a file looks.')

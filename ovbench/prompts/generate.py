@@ -127,7 +127,7 @@ def _kept(path: Path) -> str | None:
     """The phrase in a file of the cache, or None where there is none that can be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     phrase = content.get("phrase") if isinstance(content, dict) else None
     return phrase if isinstance(phrase, str) and phrase else None

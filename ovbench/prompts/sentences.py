@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.hashing import sha256_of
+from ovbench.paths import user_path
 from ovbench.prompts.descriptions import Descriptions, Entry, read, shipped, without_article
 
 DEFAULT_ATTRIBUTES = ("size", "shape", "texture", "colour")  # the best row of the thesis' Table 5.4
@@ -109,7 +109,7 @@ def described(name: str) -> Described | None:
     if source == SHIPPED:
         descriptions = shipped()
     elif source.endswith(FILE_SUFFIX):
-        descriptions = read(Path(source).expanduser())
+        descriptions = read(user_path(source))
     else:
         return None
     if colon and source != name and not chosen:

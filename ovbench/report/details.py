@@ -19,11 +19,13 @@ def details(entry: Entry) -> Markup:
     """A run's block, which a click opens."""
     record = entry.record
     miou = record.metrics.miou if record.metrics else None
+    panoptic = record.metrics.panoptic if record.metrics else None
+    score = f"{number(miou, 2)} % mIoU" + ("" if panoptic is None else f", {number(panoptic.pq, 2)} % PQ")
     summary = element(
         "summary",
         element("span", entry.title, class_="name"),
         badges(entry.hiding),
-        element("span", f"{number(miou, 2)} % mIoU", class_="score"),
+        element("span", score, class_="score"),
         element("code", record.run_id),
     )
     said = [element("p", f"{HIDING[kind][1]}.", class_="warning") for kind in entry.hiding]

@@ -48,6 +48,11 @@ def _no_image(entry: Entry) -> str:
     return "no image was finished" if entry.record.metrics is None else ""
 
 
+def _no_segments(entry: Entry) -> str:
+    metrics = entry.record.metrics
+    return _no_image(entry) if metrics is None else metrics.panoptic_reason or "the benchmark has no segments"
+
+
 def _images(entry: Entry) -> float | None:
     return None if entry.record.metrics is None else float(entry.record.metrics.images)
 
@@ -56,6 +61,7 @@ NUMBERS = (
     NumberColumn("mIoU", "%", 2, _figure("miou"), _no_image, "mean IoU over the classes that occur"),
     NumberColumn("mAcc", "%", 2, _figure("macc"), _no_image, "mean accuracy over the classes that occur"),
     NumberColumn("aAcc", "%", 2, _figure("aacc"), _no_image, "share of labelled pixels that are right"),
+    NumberColumn("PQ", "%", 2, _figure("pq"), _no_segments, "panoptic quality over the classes that have a segment"),
     NumberColumn("images", "", 0, _images, _no_image, "evaluated images"),
     NumberColumn(
         "latency", "ms", 1, _figure("latency"), _reason("latency_ms_reason"),

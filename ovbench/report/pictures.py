@@ -41,7 +41,7 @@ def embedded(path: Path, limit: int) -> Picture:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, ValueError) as error:  # Pillow's own errors are OSErrors
+    except Exception as error:  # Pillow's decoders raise what they happen to meet
         raise DataError(f"Cannot read the gallery '{path}': {error}.") from error
     while True:
         for quality in _QUALITIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ovbench.report.entries import HIDING, Entry, scope
-from ovbench.report.figures import NONE, NUMBERS, number
+from ovbench.report.figures import NONE, NUMBERS, NumberColumn, number
 from ovbench.report.markup import Child, Markup, element
 from ovbench.results.figures import FIGURES
 from ovbench.results.measured import Measured
@@ -40,14 +40,16 @@ def value_cell(value: float | None, digits: int, why: str = "") -> Markup:
 def runs_table(runs: Sequence[Entry]) -> Markup:
     """One row per run, with a link to its details."""
     with_published = any(entry.published is not None for entry in runs)
+    with_pq = any(FIGURES["pq"].value(entry.record) is not None for entry in runs)
     heads = [heading("method"), heading("benchmark")]
-    for column in NUMBERS:
+    columns = [column for column in NUMBERS if column.label != "PQ" or with_pq]
+    for column in columns:
         heads.append(heading(column.label, column.unit, column.title, numeric=True))
         if column.label == "mIoU" and with_published:
             heads.append(heading("published", "%", "as printed for the method under its own settings", numeric=True))
             heads.append(heading("difference", "", "ours, unrounded, minus the published one", numeric=True))
     heads += [heading(name) for name in ("protocol", "weights", "precision", "machine", "finished (UTC)")]
-    rows = [_row(entry, with_published) for entry in runs]
+    rows = [_row(entry, columns, with_published) for entry in runs]
     return element(
         "table",
         element("caption", "Runs. A heading sorts, a name leads to the run's details.", class_="visually-hidden"),
@@ -57,14 +59,14 @@ def runs_table(runs: Sequence[Entry]) -> Markup:
     )  # fmt: skip
 
 
-def _row(entry: Entry, with_published: bool) -> Markup:
+def _row(entry: Entry, columns: Sequence[NumberColumn], with_published: bool) -> Markup:
     spec, environment = entry.record.spec, entry.record.environment
     link = element("a", spec.method, href=f"#{entry.anchor}")
     cells: list[Child] = [
         element("th", link, badges(entry.hiding), scope="row", data_value=spec.method),
         element("td", spec.dataset),
     ]
-    for column in NUMBERS:
+    for column in columns:
         cells.append(value_cell(column.value(entry), column.digits, column.why(entry)))
         if column.label == "mIoU" and with_published:
             printed = entry.published

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import DataError, UsageError
+from ovbench.paths import user_path
 from ovbench.results import bootstrap, image_areas, store
 from ovbench.results.bootstrap import Interval
 from ovbench.results.comparable import KINDS, data_of, kind_of, machine_of, protocol_of, settings_of
@@ -124,7 +125,7 @@ def find(name: str, root: Path) -> Loaded:
         UsageError: No such run, or several; names them.
         DataError: The file is no record.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return Loaded(store.read(path), path)
     known = {item.stem: item for item in sorted(root.glob("*/*/*.json")) if not item.name.startswith(".")}

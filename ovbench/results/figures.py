@@ -31,6 +31,14 @@ def _of_metrics(name: str) -> Callable[[RunRecord], float | None]:
     return lambda record: None if record.metrics is None else getattr(record.metrics, name)
 
 
+def _of_panoptic(name: str) -> Callable[[RunRecord], float | None]:
+    def read(record: RunRecord) -> float | None:
+        found = None if record.metrics is None else record.metrics.panoptic
+        return None if found is None else getattr(found, name)
+
+    return read
+
+
 def _of_efficiency(name: str) -> Callable[[RunRecord], float | None]:
     return lambda record: None if record.efficiency is None else getattr(record.efficiency, name)
 
@@ -44,6 +52,9 @@ FIGURES: dict[str, Figure] = {
     "miou": Figure("mIoU", "%", 2, _of_metrics("miou")),
     "macc": Figure("mAcc", "%", 2, _of_metrics("macc")),
     "aacc": Figure("aAcc", "%", 2, _of_metrics("aacc")),
+    "pq": Figure("PQ", "%", 2, _of_panoptic("pq")),
+    "sq": Figure("SQ", "%", 2, _of_panoptic("sq")),
+    "rq": Figure("RQ", "%", 2, _of_panoptic("rq")),
     "latency": Figure("latency", "ms", 1, _latency, machine_bound=True),
     "images_per_s": Figure("images/s", "1/s", 2, _of_efficiency("images_per_s"), machine_bound=True),
     "gmacs": Figure("MACs", "G", 2, _of_efficiency("gmacs")),

@@ -64,10 +64,11 @@ def read(path: Path, record: RunRecord) -> ImageAreas:
             f"Cannot read the areas per image of {record.run_id} at '{path}': {error.strerror or error}. They lie beside "
             "the record and must be copied along with it."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{path}' is broken: {error}.") from error
-    if header.get("version") != VERSION:
-        raise DataError(f"'{path}' has version {header.get('version')!r}; this ovbench reads {VERSION}.")
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != VERSION:
+        raise DataError(f"'{path}' has version {version!r}; this ovbench reads {VERSION}.")
     if header.get("dataset_fingerprint") != record.provenance.dataset_fingerprint:
         raise DataError(f"'{path}' belongs to another run than {record.run_id}: its dataset fingerprint differs.")
     ordered = [entries[index] for index in sorted(entries)]
@@ -77,7 +78,7 @@ def read(path: Path, record: RunRecord) -> ImageAreas:
         for row, entry in enumerate(ordered):
             for name, array in arrays.items():
                 array[row, entry["classes"]] = entry[name]
-    except (IndexError, KeyError, ValueError) as error:
+    except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"'{path}' does not fit the record {record.run_id}: {error}.") from error
     for name, array in arrays.items():
         if array.sum(axis=0).tolist() != [getattr(score, name) for score in record.metrics.classes]:

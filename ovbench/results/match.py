@@ -64,7 +64,7 @@ def judge(measured: Measured, want: Wanted, unit: str, protocol: str | None) -> 
         reasons.append(f"arch is {measured.arch}")
     elif not want.arch and measured.arch:
         remarks.append(f"arch is {measured.arch}; the paper does not say which")
-    if measured.dataset is not None and measured.dataset != want.dataset:
+    if measured.dataset is not None and measured.dataset not in want.datasets:
         reasons.append(f"dataset is {measured.dataset}")
     if want.metric != "params":  # of a network, however it is fed
         _judge_protocol(measured, want, protocol, reasons)
@@ -74,6 +74,8 @@ def judge(measured: Measured, want: Wanted, unit: str, protocol: str | None) -> 
     if value is None:
         why = metric(want.metric).why
         told = getattr(measured.efficiency, f"{why}_reason", None) if why and measured.efficiency else None
+        if want.metric == "PQ" and measured.record is not None and measured.record.metrics is not None:
+            told = measured.record.metrics.panoptic_reason
         if want.metric == "flops" and measured.efficiency and measured.efficiency.gmacs is not None:
             told = "only one window was counted; ovbench profile counts whole images"
         reasons.append(f"it has no {metric(want.metric).label}" + (f" ({told})" if told else ""))

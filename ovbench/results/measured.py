@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from ovbench.results.comparable import kind_of, machine_of, random_parts
+from ovbench.results.figures import FIGURES
 from ovbench.results.record import Efficiency, Environment, RunRecord
 
 STAGE = "latency:"
@@ -134,6 +135,10 @@ def _accuracy(measured: Measured) -> float | None:
     return None if record is None or record.metrics is None else record.metrics.miou
 
 
+def _panoptic(measured: Measured) -> float | None:
+    return None if measured.record is None else FIGURES["pq"].value(measured.record)
+
+
 def _cost(name: str, factor: float = 1.0) -> Callable[[Measured], float | None]:
     def read(measured: Measured) -> float | None:
         value = None if measured.efficiency is None else getattr(measured.efficiency, name)
@@ -167,7 +172,7 @@ MIB_IN_GB = 2**20 / 1e9
 
 _METRICS = {
     "mIoU": Metric("mIoU", 2, _accuracy, "percent"),
-    "PQ": Metric("PQ", 2, _absent, "percent"),
+    "PQ": Metric("PQ", 2, _panoptic, "percent"),
     "params": Metric("parameters", 2, _cost("params_m"), "M", "params_m"),
     "flops": Metric("MACs", 2, _image_gmacs, "G", "gmacs", counted=True),
     "latency": Metric("latency", 1, _latency, "ms", "latency_ms", machine_bound=True),

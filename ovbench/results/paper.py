@@ -124,7 +124,7 @@ def _cell(entry: Printed | None, pool: Mapping[str, Sequence[Measured]], protoco
     candidates = [
         item
         for item in pool.get(want.method, ())
-        if item.dataset in (None, want.dataset) and (item.origin == "run" or not want.accuracy)
+        if item.dataset in (None, *want.datasets) and (item.origin == "run" or not want.accuracy)
     ]
     verdicts = [(item, judge(item, want, entry.unit, protocol_for(want.method, protocol))) for item in candidates]
     fitting = [(item, verdict) for item, verdict in verdicts if verdict.fits]

@@ -57,14 +57,14 @@ def read(path: str | os.PathLike[str]) -> Measured:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         profile = _Profile.model_validate(data)
-        method = profile.spec["method"]
+        method = str(profile.spec["method"])
     except OSError as error:
         raise DataError(f"Cannot read the profile '{path}': {error.strerror or error}.") from error
     except ValidationError as error:  # before ValueError, whose subclass it is
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "profile"
         raise DataError(f"'{path}' is not a profile: {where}: {first['msg']}.") from error
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise DataError(f"'{path}' is not a profile: it is no valid JSON ({error}).") from error
     except KeyError:
         raise DataError(f"'{path}' is not a profile: spec.method: Field required.") from None

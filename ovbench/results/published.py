@@ -54,7 +54,7 @@ class Wanted:
     Attributes:
         method: Our method id; empty where the row is someone else's.
         arch: Backbones that are the printed one, as :func:`plain_arch` writes them; empty where the paper does not say.
-        dataset: Benchmark id.
+        datasets: Benchmarks that a run may be on: the printed one, or those that a rule names in its place.
         metric: Name of the metric in ``published.csv``.
         weights: open_clip tag of the paper; empty where it does not matter.
         require: Fields of a spec (``protocol.mode``, ``method_options.base``) and the values they must have.
@@ -68,7 +68,7 @@ class Wanted:
 
     method: str
     arch: tuple[str, ...]
-    dataset: str
+    datasets: tuple[str, ...]
     metric: str
     weights: str = ""
     require: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +151,7 @@ def wanted(entry: Printed) -> Wanted:
     merged: dict[str, Any] = {
         "method": entry.method,
         "arch": [entry.backbone] if entry.backbone else [],
+        "datasets": [entry.dataset],
         "require": {},
         "prefer": {},
         "assume": {},
@@ -172,7 +173,7 @@ def wanted(entry: Printed) -> Wanted:
     return Wanted(
         method=merged["method"],
         arch=tuple(plain_arch(name) for name in merged["arch"]),
-        dataset=entry.dataset,
+        datasets=tuple(merged["datasets"]),
         metric=entry.metric,
         weights=_rules()["papers"][entry.source].get("weights", ""),
         require=merged["require"],
@@ -221,12 +222,12 @@ def mean_members(figure: str, dataset: str, columns: Sequence[tuple[str, str]]) 
     return members
 
 
-def accuracy_of(method: str, arch: str, dataset: str) -> list[Printed]:
-    """The printed mIoU of a method under its own settings: rows that are no ablation, equal values once."""
+def accuracy_of(method: str, arch: str, dataset: str, metric: str = "mIoU") -> list[Printed]:
+    """The printed mIoU or PQ of a method under its own settings: rows that are no ablation, equal values once."""
     found: dict[str, Printed] = {}
     for entry in numbers():
-        if (entry.dataset, entry.metric, entry.variant, entry.method) == (dataset, "mIoU", "", method):
+        if (entry.metric, entry.variant, entry.method) == (metric, "", method):
             want = wanted(entry)
-            if plain_arch(arch) in (want.arch or ("",)) and not want.unknown:
+            if dataset in want.datasets and plain_arch(arch) in (want.arch or ("",)) and not want.unknown:
                 found.setdefault(entry.value, entry)
     return list(found.values())

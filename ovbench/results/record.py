@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from ovbench.errors import DataError
+from ovbench.results.panoptic import PanopticMetrics
+from ovbench.results.stored import Stored
 from ovbench.spec import RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -25,12 +27,7 @@ Status = Literal["ok", "failed", "interrupted"]
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class _Stored(BaseModel):
-    # NaN and infinity are no JSON: a figure that cannot be had is null with a reason.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ClassScore(_Stored):
+class ClassScore(Stored):
     """Areas and scores of one class over all evaluated images."""
 
     name: str = Field(description="class name in label order")
@@ -42,7 +39,7 @@ class ClassScore(_Stored):
     acc: float | None = Field(description="percent, intersect / label, unrounded; null where label is 0")
 
 
-class Metrics(_Stored):
+class Metrics(Stored):
     """Accuracy over the evaluated images; every figure follows from the areas of ``classes``."""
 
     miou: float | None = Field(description="percent, mean of iou over the classes whose union is not 0, unrounded")
@@ -51,16 +48,20 @@ class Metrics(_Stored):
     images: int = Field(ge=0, description="number of evaluated images")
     classes: tuple[ClassScore, ...] = Field(description="one entry per class in label order")
     absent_classes: tuple[str, ...] = Field(description="classes left out of miou because their union is 0")
+    panoptic: PanopticMetrics | None = Field(
+        None, description="panoptic quality; null where the benchmark has no segments, or for panoptic_reason"
+    )
+    panoptic_reason: str | None = Field(None, description="why panoptic is null though the benchmark has true segments")
 
 
-class ImageFailure(_Stored):
+class ImageFailure(Stored):
     """An image that could not be evaluated and was skipped."""
 
     name: str = Field(description="file name")
     reason: str = Field(description="what was wrong with it")
 
 
-class Latency(_Stored):
+class Latency(Stored):
     """Repeated timings of one thing; the statistics follow from ``samples``."""
 
     median: float = Field(ge=0, description="milliseconds")
@@ -76,7 +77,7 @@ class Latency(_Stored):
         return self
 
 
-class Efficiency(_Stored):
+class Efficiency(Stored):
     """Cost of one image. A null figure has its reason in ``<figure>_reason``."""
 
     params_m: float | None = Field(None, description="million parameters, all networks that the method runs")
@@ -119,7 +120,7 @@ class Efficiency(_Stored):
         return self
 
 
-class Precision(_Stored):
+class Precision(Stored):
     """Torch settings that change results or speed at the same dtype."""
 
     float32_matmul: str = Field(description="torch.get_float32_matmul_precision()")
@@ -129,7 +130,7 @@ class Precision(_Stored):
     deterministic: bool = Field(description="torch.are_deterministic_algorithms_enabled()")
 
 
-class Environment(_Stored):
+class Environment(Stored):
     """The machine and the numerics of a run, as :func:`ovbench.profile.environment.environment` finds them."""
 
     python: str = Field(description="Python version")
@@ -148,7 +149,7 @@ class Environment(_Stored):
     precision: Precision
 
 
-class Provenance(_Stored):
+class Provenance(Stored):
     """Where a run came from: code, weights, data and command."""
 
     git_commit: str | None = Field(description="commit of the ovbench checkout; null when it does not run from one")
@@ -164,7 +165,7 @@ class Provenance(_Stored):
     package_versions: dict[str, str] = Field(description="installed versions of the packages that can move a number")
 
 
-class RunRecord(_Stored):
+class RunRecord(Stored):
     """Everything that is kept of one run."""
 
     schema_version: Literal[1] = Field(1, description="version of this layout")
@@ -211,6 +212,8 @@ def metrics_from_areas(
     label: Sequence[int],
     *,
     images: int,
+    panoptic: PanopticMetrics | None = None,
+    panoptic_reason: str | None = None,
 ) -> Metrics:
     """Scores from the areas of each class summed over a dataset, unrounded.
 
@@ -221,6 +224,8 @@ def metrics_from_areas(
         pred: K areas in pixels.
         label: K areas in pixels.
         images: Number of images that the areas were summed over.
+        panoptic: What goes with them.
+        panoptic_reason: Why that is missing.
 
     Raises:
         ValueError: The areas do not have K entries or contradict each other.
@@ -245,6 +250,8 @@ def metrics_from_areas(
         images=images,
         classes=tuple(classes),
         absent_classes=tuple(score.name for score in classes if score.union == 0),
+        panoptic=panoptic,
+        panoptic_reason=panoptic_reason,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from ovbench.errors import DataError, OvbenchWarning, RunError
 from ovbench.results.record import RunRecord, migrate
+from ovbench.spec import RunSpec
 
 DEFAULT_ROOT = Path("results") / "runs"
 
@@ -84,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> RunRecord:
         data = json.loads(text)
     except OSError as error:
         raise DataError(f"Cannot read the record '{path}': {error.strerror or error}.") from error
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise DataError(f"'{path}' is not a record: it is no valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise DataError(f"'{path}' is not a record: its JSON is no object.")
@@ -96,6 +98,31 @@ def read(path: str | os.PathLike[str]) -> RunRecord:
         problems = [f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise DataError(f"'{path}' is not a record of this schema: {'; '.join(problems[:3])}{more}.") from error
+
+
+def find_whole(spec: RunSpec, fingerprint: str, root: str | os.PathLike[str] = DEFAULT_ROOT) -> RunRecord | None:
+    """The newest record of the same spec and data that is ok and not partial, or None.
+
+    Args:
+        spec: As a record holds it: with the hashes of weights, words and templates filled in.
+        fingerprint: Of the data.
+        root: Folder of the records.
+    """
+    folder, wanted = Path(root) / path_name(spec.method) / path_name(spec.dataset), spec.spec_hash()
+    for record in reversed(load_folder(folder)):
+        same = record.spec_hash == wanted and record.provenance.dataset_fingerprint == fingerprint
+        if same and record.status == "ok" and not record.partial:
+            return record
+    return None
+
+
+def load_folder(folder: Path) -> list[RunRecord]:
+    """The records of one method on one benchmark, oldest first; files that are none are passed over."""
+    found = []
+    for path in sorted(folder.glob("[!.]*.json")):
+        with contextlib.suppress(DataError):
+            found.append(read(path))
+    return found
 
 
 def load_all(

@@ -3,7 +3,7 @@
 A row is one setting (method, options, protocol, weights, precision, device); a column is one figure of one benchmark; a
 cell comes from the newest finished run of its setting. Demo runs, partial runs, random and built-in weights each get a
 section of their own, so that they can never stand beside results. Results under a method's own settings have the printed
-mIoU beside them.
+mIoU or PQ beside them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ __all__ = ["FIGURES", "MEAN", "Cell", "Column", "Row", "Section", "Table", "tabl
 
 MEAN = "mean"
 
+# Figures that papers print, by their names in published.csv.
+_PRINTED = {"miou": "mIoU", "pq": "PQ"}
+
 # Shown in every section; other settings are shown only where they tell rows apart.
 _ALWAYS_SHOWN = ("method", "protocol", "weights")
 
@@ -37,7 +40,7 @@ def table(
     records: Iterable[RunRecord],
     methods: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
-    columns: Sequence[str] = ("miou",),
+    columns: Sequence[str] | None = None,
 ) -> Table:
     """The newest finished run of each setting and benchmark, arranged.
 
@@ -45,12 +48,12 @@ def table(
         records: Any records, in any order.
         methods: Rows, in this order; None is every method that has a run, by name.
         datasets: Columns, in this order; None is every benchmark that has a run, by name.
-        columns: Names of :data:`FIGURES`.
+        columns: Names of :data:`FIGURES`; None is mIoU, and PQ of the benchmarks that have some.
 
     Raises:
         UsageError: A column that is no figure.
     """
-    for column in columns:
+    for column in columns or ():
         if column not in FIGURES:
             raise unknown_name("column", column, FIGURES, "ovbench table --help")
     chosen = [
@@ -90,7 +93,7 @@ def _section(
     records: Sequence[RunRecord],
     methods: Sequence[str] | None,
     datasets: Sequence[str] | None,
-    figures: Sequence[str],
+    chosen: Sequence[str] | None,
     refused: Mapping[tuple[str, str], Sequence[Refused]],
 ) -> Section:
     present = {record.spec.dataset for record in records}
@@ -106,7 +109,14 @@ def _section(
     ordered = sorted(history, key=order)
     settings = [dict(setting) for setting in ordered]
     shown = tuple(name for name in settings[0] if name in _ALWAYS_SHOWN or _tells_apart(name, settings))
-    columns = tuple(Column(dataset, figure) for dataset in shown_datasets for figure in figures)
+    figures = ("miou", "pq") if chosen is None else tuple(chosen)
+    with_pq = {record.spec.dataset for record in records if FIGURES["pq"].value(record) is not None}
+    columns = tuple(
+        Column(dataset, figure)
+        for dataset in shown_datasets
+        for figure in figures
+        if chosen is not None or figure != "pq" or dataset in with_pq
+    )
     if "miou" in figures and len(shown_datasets) > 1:
         columns += (Column(MEAN, "miou"),)
     rows = tuple(
@@ -194,16 +204,16 @@ def _cell(
     return Cell(
         figure.value(newest),
         newest.run_id,
-        published=_printed(newest) if column.figure == "miou" and not kind else None,
+        published=_printed(newest, _PRINTED[column.figure]) if column.figure in _PRINTED and not kind else None,
         others=tuple(run.run_id for run in older),
         refused=tuple(refused),
     )
 
 
-def _printed(record: RunRecord) -> str | None:
-    """The printed mIoU that a run may stand beside; None where there is none, or papers print different ones."""
+def _printed(record: RunRecord, metric: str) -> str | None:
+    """The printed mIoU or PQ that a run may stand beside; None where there is none, or papers print different ones."""
     spec = record.spec
-    entries = published.accuracy_of(spec.method, spec.arch or "", spec.dataset)
+    entries = published.accuracy_of(spec.method, spec.arch or "", spec.dataset, metric)
     if len(entries) != 1:
         return None
     want = published.wanted(entries[0])

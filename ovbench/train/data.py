@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ovbench.benchmarks import names
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.errors import DataError
+from ovbench.errors import DataError, UsageError
 from ovbench.evaluate.signals import leave_signals
+from ovbench.ops.panoptic import NO_SEGMENT, Segments
 from ovbench.train.recipe import Recipe
 
 IGNORE = 255
@@ -31,12 +33,13 @@ def seed_at(seed: int, *position: int) -> int:
     return int(np.random.SeedSequence([seed, *position]).generate_state(1)[0])
 
 
-def pipeline(recipe: Recipe) -> list[dict[str, Any]]:
-    """The recipe's augmentation as mmseg transforms."""
+def pipeline(recipe: Recipe, panoptic: bool = False) -> list[dict[str, Any]]:
+    """The recipe's augmentation as mmseg transforms; of panoptic labels the segments go through them as well."""
     side = (recipe.crop, recipe.crop)
+    load, pack = ("LoadPanopticAnnotations", "PackPanopticInputs") if panoptic else ("LoadAnnotations", "PackSegInputs")
     steps: list[dict[str, Any]] = [
         {"type": "mmengine.LoadCompleteImage"},
-        {"type": "mmseg.LoadAnnotations"},
+        {"type": f"mmseg.{load}"},
         {
             "type": "RandomResize",
             "scale": tuple(recipe.resize),
@@ -48,7 +51,7 @@ def pipeline(recipe: Recipe) -> list[dict[str, Any]]:
     ]
     if recipe.photometric:
         steps.append({"type": "mmseg.PhotoMetricDistortion"})
-    return [*steps, {"type": "mmseg.PackSegInputs", "meta_keys": ("img_path", "seg_map_path")}]
+    return [*steps, {"type": f"mmseg.{pack}", "meta_keys": ("img_path", "seg_map_path")}]
 
 
 class Positions(Sampler[tuple[int, int]]):
@@ -91,23 +94,27 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numeric)
 
 
-class TrainingSet(Dataset[dict[str, Tensor]]):
+class TrainingSet(Dataset[dict[str, Any]]):
     """Augmented crops: ``image`` (3, S, S), RGB uint8, and ``label`` (S, S), int64 with 255 ignored.
+
+    With ``segments`` also ``segments``, the :class:`~ovbench.ops.panoptic.Segments` (S, S) of what a panoptic label shows
+    in the crop: those without a pixel are left out, crowds are marked.
 
     Args:
         dataset: mmseg dataset with :func:`pipeline`.
         benchmark: Knows which ids there are.
         crop: S; smaller images are padded at the right and bottom, their labels with 255.
         seed: Seed of the augmentation.
+        segments: Give the segments as well; only of a panoptic benchmark.
     """
 
-    def __init__(self, dataset: Any, benchmark: Benchmark, crop: int, seed: int) -> None:
-        self.dataset, self.benchmark, self.crop, self.seed = dataset, benchmark, crop, seed
+    def __init__(self, dataset: Any, benchmark: Benchmark, crop: int, seed: int, segments: bool = False) -> None:
+        self.dataset, self.benchmark, self.crop, self.seed, self.segments = dataset, benchmark, crop, seed, segments
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         index, position = item
         with seeded(seed_at(self.seed, 0, position)):
             sample = self.dataset[index]
@@ -123,27 +130,50 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         if (height, width) != (self.crop, self.crop):
             padded = torch.tensor(PADDING, dtype=image.dtype)[:, None, None].repeat(1, self.crop, self.crop)
             padded[:, :height, :width] = image
-            marked = torch.full((self.crop, self.crop), IGNORE)
-            marked[:height, :width] = label
-            image, label = padded, marked
-        return {"image": image, "label": label}
+            image, label = padded, self._padded(label, IGNORE)
+        if not self.segments:
+            return {"image": image, "label": label}
+        found: Segments = sample["data_samples"].gt_panoptic
+        return {"image": image, "label": label, "segments": found._replace(ids=self._padded(found.ids, NO_SEGMENT))}
+
+    def _padded(self, values: Tensor, fill: int) -> Tensor:
+        """A map (h, w) in the upper left of one of the crop's size."""
+        marked = torch.full((self.crop, self.crop), fill)
+        marked[: values.shape[0], : values.shape[1]] = values
+        return marked
 
 
-def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int) -> TrainingSet:
-    """The training images of a benchmark's split under a recipe."""
+def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *, segments: bool = False) -> TrainingSet:
+    """The training images of a benchmark's split under a recipe, with their segments where wanted.
+
+    Raises:
+        UsageError: Segments of a benchmark that has none.
+    """
+    if segments and benchmark.panoptic is None:
+        raise UsageError(
+            f"{benchmark.name} has labels per pixel, no segments. Benchmarks that have: {', '.join(names('panoptic'))}."
+        )
     from ovbench.compat import import_mmseg
 
     mmseg = import_mmseg()
     from mmengine.registry import DefaultScope
 
+    import ovbench.benchmarks.panoptic_dataset
     import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
-    cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=pipeline(recipe))
+    steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
+    cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)
     with DefaultScope.overwrite_default_scope("mmseg"):
-        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed)
+        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed, segments)
 
 
-def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Tensor]]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: tensors stacked, segments as a list, because images have different numbers of them."""
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {key: values if key == "segments" else torch.stack(values) for key, values in batch.items()}
+
+
+def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Any]]:
     """Batches of one process, from the position on that ``positions`` starts with."""
     return DataLoader(
         images,
@@ -152,6 +182,7 @@ def loader(images: TrainingSet, positions: Positions, workers: int, device: str)
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
+        collate_fn=collate,
         drop_last=True,
         worker_init_fn=leave_signals,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import UsageError
-from ovbench.paths import cache_dir
+from ovbench.paths import cache_dir, user_path
 from ovbench.train import processes
 from ovbench.train import record as records
 from ovbench.train.record import TrainSpec
@@ -170,7 +170,7 @@ def plan(
         method=info.name,
         method_options={**subject.options, **info.recorded()},
         arch=subject.arch,
-        weights=Path(weights).name if Path(weights).expanduser().is_file() else weights,
+        weights=Path(weights).name if user_path(weights).is_file() else weights,
         weights_sha256=subject.weights_sha256,
         **subject.text,
         dataset=benchmark.name,
@@ -201,5 +201,5 @@ def _data(benchmark: Any, options: TrainOptions, demo: bool) -> tuple[Path, bool
             f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try "
             "the tool on generated scenes with --demo."
         )
-    root = benchmark.resolve_root(Path(options.data_root).expanduser())
+    root = benchmark.resolve_root(user_path(options.data_root))
     return root, is_synthetic(root)

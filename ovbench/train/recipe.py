@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ovbench.errors import UsageError, unknown_name
+from ovbench.paths import user_path
 from ovbench.spec import validated
 
 ANY = "*"  # stands for every benchmark that a method has no own recipe for
@@ -18,7 +19,7 @@ ANY = "*"  # stands for every benchmark that a method has no own recipe for
 class Recipe(BaseModel):
     """Everything that moves the weights besides network, data and seed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="optimiser")
     lr: float = Field(gt=0, description="learning rate; groups of parameters may have factors on it")
@@ -105,15 +106,23 @@ def recipe(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = user_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read the recipe '{path}': {error}.") from None
     import yaml  # type: ignore[import-untyped]
 
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"The recipe '{path}' is neither JSON nor YAML: {str(error).splitlines()[0]}.") from None
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # PyYAML lets some through
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"The recipe '{path}' is neither JSON nor YAML: {reason[0]}.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"The recipe '{path}' must hold fields and values, e.g. 'lr: 0.01'.")
     if content.get("amp") is False:  # YAML reads "off" so

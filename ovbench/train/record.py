@@ -128,7 +128,7 @@ def read(path: Path) -> TrainRecord:
     """
     try:
         return TrainRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(f"The record '{path}' cannot be read: {str(error).splitlines()[0]}.") from error
 
 

@@ -73,9 +73,10 @@ class TrainingModel(BaseModel):  # type: ignore[misc]
     def init_weights(self) -> None:
         """Nothing: the network comes with its weights."""
 
-    def forward(self, image: Tensor, label: Tensor, mode: str = "loss") -> dict[str, Tensor]:
-        """Losses by name of images (B, 3, S, S) and labels (B, S, S)."""
-        losses: dict[str, Tensor] = self.network.losses(image, label)  # type: ignore[operator]
+    def forward(self, image: Tensor, label: Tensor, segments: Any = None, mode: str = "loss") -> dict[str, Tensor]:
+        """Losses by name of images (B, 3, S, S), labels (B, S, S) and, where a network takes them, segments."""
+        given = {} if segments is None else {"segments": segments}
+        losses: dict[str, Tensor] = self.network.losses(image, label, **given)  # type: ignore[operator]
         return losses
 
 

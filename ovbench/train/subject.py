@@ -13,6 +13,7 @@ from ovbench.closed_set import ParameterGroup
 from ovbench.closed_set_weights import TRAINING_ONLY, build_network, configured_method
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 from ovbench.registry import CLOSED_SET, class_of, method_info
 from ovbench.spec import protocol
 from ovbench.text import prompts
@@ -141,7 +142,7 @@ def closed_set_subject(
     """
     chosen = configured_method(method, options)
     arch = arch or chosen.DEFAULT_ARCH
-    file = None if weights == "random" else str(Path(weights).expanduser())
+    file = None if weights == "random" else str(user_path(weights))
     network = build_network(
         chosen,
         arch,

@@ -65,5 +65,5 @@ def _entries(path: Path) -> Iterator[tuple[str, tuple[int, str, str]]]:
         try:
             output, size, rule, stamp = json.loads(line)
             yield str(output), (int(size), str(rule), str(stamp))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue

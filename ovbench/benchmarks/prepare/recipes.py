@@ -77,6 +77,7 @@ class Raw:
         stems: "flat": files straight in the folder; "nested": folders in between are part of the stem; "last": they are
             not.
         annotations: One file with the regions of all images.
+        beside: One more file that the benchmark reads as it is, by the end of its path; it keeps its place in the layout.
         fetch: What to download.
     """
 
@@ -89,6 +90,7 @@ class Raw:
     image_rule: str = COPY
     stems: str = "flat"
     annotations: str = ""
+    beside: str = ""
 
 
 _COCO = "val2017.zip (train2017.zip for training) and stuffthingmaps_trainval2017.zip of COCO and COCO-Stuff"
@@ -123,6 +125,15 @@ def _raw(benchmark: Benchmark) -> Raw | None:
         fetch = "ADEChallengeData2016.zip" if name == "ade20k" else "VOCtrainval_11-May-2012.tar"
         suffixes = (layout.label_suffix,)
         return Raw((layout.image_dir,), (layout.label_dir,), suffixes, COPY, fetch, split_list=layout.split_file)
+    if benchmark.panoptic is not None:
+        fetch = {
+            "coco_panoptic": "val2017.zip, panoptic_annotations_trainval2017.zip and panoptic_val2017.zip, which lies in it",
+            "ade20k_panoptic": "ADEChallengeData2016 after Mask2Former's datasets/prepare_ade20k_pan_seg.py",
+            "mapillary": "the archive of Mapillary Vistas v1.2 (registration)",
+        }[name]
+        # Mask2Former keeps COCO's folder of PNGs beside annotations/, and so does the archive.
+        labels = (layout.label_dir.rpartition("/")[2],) if name == "coco_panoptic" else (layout.label_dir,)
+        return Raw((layout.image_dir,), labels, (".png",), COPY, fetch, beside=layout.panoptic_file)
     return None
 
 
@@ -256,6 +267,10 @@ def _plan_split(
             listed = _lines(source)
             if layout.split_file:
                 made.jobs += _needed([Job(layout.split_file, COPY, source)], made.root)
+        if raw.beside:
+            made.jobs += _needed(
+                [Job(layout.panoptic_file, COPY, _one(files, raw.beside, benchmark, raw.fetch))], made.root
+            )
     stems = sorted(images) if listed is None else [stem for stem in listed if stem in images]
     ready = {stem for stem in stems if made.root / layout.label(stem) in there}
     without = [stem for stem in stems if stem not in label_jobs and stem not in ready]

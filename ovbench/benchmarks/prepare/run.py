@@ -22,6 +22,7 @@ from ovbench.benchmarks.prepare.convert import COPY, RULES, require_scipy, same
 from ovbench.benchmarks.prepare.journal import WORK, Journal
 from ovbench.benchmarks.prepare.recipes import Job, Plan, SplitPlan, plan
 from ovbench.errors import DataError, Interrupted, RunError, UsageError
+from ovbench.paths import user_path
 
 _MOST_WORKERS = 16
 # Starting a process takes as long as some hundred conversions.
@@ -86,7 +87,7 @@ def prepare(
         Interrupted: Ctrl-C; finished files stay.
     """
     benchmark = get(name)
-    given = [Path(one).expanduser() for one in source]
+    given = [user_path(one) for one in source]
     target, in_place = _target(given, out)
     files = [file for one in given for file in sources.list_files(one) if not _is_output(file, target)]
     made = plan(benchmark, files, target, in_place=in_place, split=split)
@@ -132,7 +133,7 @@ def _target(given: Sequence[Path], out: Path | str | None) -> tuple[Path, bool]:
                 )
             raise UsageError("Where should the files go? Give a folder with --out DIR.")
         return folders[0], True
-    target = Path(out).expanduser()
+    target = user_path(out)
     if target.exists() and not target.is_dir():
         raise UsageError(f"'{target}' is a file: give a folder as --out.")
     inside = [one for one in folders if target.exists() and one.samefile(target)]

@@ -6,6 +6,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +19,8 @@ from ovbench.errors import DataError, UsageError
 
 # A label or image file is far smaller; a larger member is a mistake or a trap.
 MOST_BYTES = 1 << 28
+# The annotations of PASCAL in Detail have some hundred MB.
+MOST_TEXT = 1 << 32
 _PLAIN = (".json", ".txt")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _BROKEN = (
@@ -30,6 +33,9 @@ _BROKEN = (
     tarfile.TarError,
     zlib.error,
     lzma.LZMAError,
+    struct.error,
+    LookupError,
+    OverflowError,
 )
 
 
@@ -122,6 +128,8 @@ def text_of(file: SourceFile) -> str:
     Raises:
         DataError: It is damaged or no text.
     """
+    if file.size > MOST_TEXT:
+        raise DataError(f"'{file.where}' has {file.size} bytes: no list or annotation file. Fetch it again.")
     [(_, content)] = read([file])
     try:
         return content.decode("utf-8-sig")
@@ -168,8 +176,15 @@ def _walk(source: Path) -> Iterator[SourceFile]:
                 yield SourceFile(source, (relative / name).as_posix(), "", *_facts(path.stat()))
 
 
-def _safe(archive: Path, name: str, harmful: str, seen: set[str]) -> str:
-    """The normal form of a member's name; refuses members that could lead out of the archive."""
+def _safe(archive: Path, name: str, harmful: str, seen: set[str] | None) -> str:
+    """The normal form of a member's name; refuses members that could lead out of the archive.
+
+    Args:
+        archive: For the message.
+        name: As it is written there.
+        harmful: What is wrong with the member itself, or "".
+        seen: The files before it; None for a folder.
+    """
     parts = name.replace("\\", "/").split("/")
     kind = harmful
     if name.startswith(("/", "\\")) or _DRIVE.match(name):
@@ -179,14 +194,15 @@ def _safe(archive: Path, name: str, harmful: str, seen: set[str]) -> str:
     elif "\0" in name:
         kind = "a broken name"
     path = "/".join(part for part in parts if part not in ("", "."))
-    if not kind and path in seen:
-        kind = "there twice"
+    if not kind and seen is not None and (path in seen or not path):
+        kind = "there twice" if path else "without a name"
     if kind:
         raise DataError(
             f"The archive '{archive}' is refused, nothing was written: its member {name!r} is {kind}, which no official "
             "archive has. Fetch it from its official place, or unpack it yourself and give the folder."
         )
-    seen.add(path)
+    if seen is not None:
+        seen.add(path)
     return path
 
 
@@ -198,8 +214,9 @@ def _zip_members(source: Path) -> Iterator[SourceFile]:
             harmful = "" if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "a link" if stat.S_ISLNK(kind) else "a device"
             # orig_filename: zipfile cuts names at a null character.
             harmful = harmful or ("encrypted" if info.flag_bits & 1 else "")
-            path = _safe(source, info.orig_filename, harmful, set() if info.is_dir() else seen)
-            if not info.is_dir():
+            folder = info.filename.endswith("/")
+            path = _safe(source, info.orig_filename, harmful, None if folder else seen)
+            if not folder:
                 stamp = f"{info.file_size}:{info.CRC:08x}"
                 yield SourceFile(source, path, info.filename, info.file_size, stamp)
 
@@ -209,7 +226,7 @@ def _tar_members(source: Path) -> Iterator[SourceFile]:
     with tarfile.open(source) as archive:
         for member in archive:
             if member.isdir():
-                _safe(source, member.name, "", set())
+                _safe(source, member.name, "", None)
                 continue
             linked = "a link" if member.issym() or member.islnk() else "a device"
             path = _safe(source, member.name, "" if member.isreg() else linked, seen)

@@ -1,0 +1,56 @@
+"""FC-CLIP's way of classifying masks (Yu et al., arXiv 2308.02487): CLIP's own dense features, averaged inside each mask.
+
+With a ConvNeXt CLIP, features before the head are pooled and go through the head as the pooled image does. FC-CLIP's own mask
+decoder is trained; here a frozen generator gives the masks, so this is its out-of-vocabulary half, and SCN's base. On a ViT
+(inferred, for small weights) the dense features are the values of the last block, as in :mod:`ovbench.methods.maskclip`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovbench.backbones.dense_clip import DenseCLIP, Grid, LastBlock
+from ovbench.mask_method import Classified, MaskMethod, Words
+from ovbench.ops.masks import mask_pool
+
+METHODS = {
+    "fc-clip": {
+        "cls": "FCCLIP",
+        "summary": "CLIP's dense features averaged inside each mask (ConvNeXt CLIP, or a ViT); no training",
+        "paper": "Yu et al. 2023, arXiv 2308.02487",
+        "protocol": "fc-clip",
+        "track": "mask-based",
+    }
+}
+
+
+class FCCLIP(MaskMethod):
+    """Mask pooling on a CLIP."""
+
+    def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
+        """Cosines of pooled features with the words."""
+        pooled = self.embeddings(self.maps(images), masks)
+        return Classified(pooled @ words.text.T * words.logit_scale, masks)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Dense features (B, C, h, w) of normalised images (B, 3, H, W); of a ViT in the joint space."""
+        if isinstance(self.clip, DenseCLIP):
+            return self.clip.dense(images, LastBlock(attend=_values, residual=False, mlp=False)).permute(0, 3, 1, 2)
+        clip: Any = self.clip
+        maps: Tensor = clip.dense(images)
+        return maps
+
+    def embeddings(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Embeddings (B, M, D), float32, L2-normalised, of masks (B, M, H, W) from dense features."""
+        pooled = mask_pool(maps, masks)
+        if not isinstance(self.clip, DenseCLIP):
+            clip: Any = self.clip
+            pooled = clip.project(pooled)
+        return F.normalize(pooled.float(), dim=-1)
+
+
+def _values(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    return v

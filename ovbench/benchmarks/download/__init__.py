@@ -1,0 +1,7 @@
+"""The files that a benchmark is prepared from, from their public addresses: see :func:`download`."""
+
+from __future__ import annotations
+
+from ovbench.benchmarks.download.run import Downloaded, download
+
+__all__ = ["Downloaded", "download"]

@@ -1,0 +1,1 @@
+"""Class-agnostic mask proposals of an image: what a mask-based method classifies."""
