@@ -278,7 +278,7 @@ def _rewritten(verb: str, params: dict[str, Any], arguments: list[str]) -> list[
         return None
     single = {
         "--data-root": 1, "--weights": 1, "--pretrained": 1, "--arch": 1, "--device": 1, "--attention": 1, "--limit": 1,
-        "--batch": 1, "--workers": 1, "--demo": 0,
+        "--batch": 1, "--workers": 1, "--demo": 0, "--launcher": 1,
     }  # fmt: skip
     attention = ["--attention", "clip"] if params["attention"] or params["solver"] or method == "proxyclip" else []
     if method_info(method).track == MASK_BASED:

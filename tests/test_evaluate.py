@@ -71,7 +71,7 @@ def test_a_file_of_areas_has_one_writer(tmp_path: Path, monkeypatch: pytest.Monk
     header = {"run_id": "r", "spec_hash": "a", "dataset_fingerprint": "b", "started": "c"}
     first = Shard(tmp_path / "r.areas.jsonl", header, 2)
     monkeypatch.setattr("ovbench.evaluate.shards.PATIENCE_S", 0.0)
-    with pytest.raises(RunError, match="Another process evaluates"):
+    with pytest.raises(RunError, match="Another process is evaluating"):
         Shard(tmp_path / "r.areas.jsonl", header, 2)
     first.close()
     Shard(tmp_path / "r.areas.jsonl", header, 2).close()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ovbench.evaluate.shards import ImageResult, Shard
+from ovbench.evaluate.shard_lines import ImageResult
+from ovbench.evaluate.shards import Shard
 from ovbench.ops.areas import Areas
 from ovbench.ops.panoptic import Quality, Segments, quality
 from ovbench.results.panoptic import PanopticMetrics, panoptic_from_sums

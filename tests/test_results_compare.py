@@ -76,7 +76,8 @@ def test_areas_that_a_run_writes_can_be_read(stored):
     """The file format is that of ``ovbench.evaluate.shards``, which needs torch."""
     import torch
 
-    from ovbench.evaluate.shards import SUFFIX, VERSION, ImageResult, Shard
+    from ovbench.evaluate.shard_lines import ImageResult
+    from ovbench.evaluate.shards import SUFFIX, VERSION, Shard
     from ovbench.ops.areas import Areas
 
     areas = _areas(2)

@@ -305,16 +305,27 @@ class Benchmark:
         """What messages add to commands that look at this split."""
         return "" if self.split == "val" else f" --split {self.split}"
 
-    def fingerprint(self, root: Path | str) -> str:
+    def fingerprint(self, root: Path | str, *, incomplete: bool = False) -> str:
         """sha256 (hex) over the benchmark's name, version and split and, in order, names and sizes of all files.
 
         Of a panoptic benchmark also over the content of the json file. Other files are not read, so a change that keeps
         every size goes unseen.
+
+        Args:
+            root: The data root or a folder above it.
+            incomplete: Files may be missing, which then count by name.
+
+        Raises:
+            DataError: No data, or files are missing where they may not.
         """
+        found = self.scan(root) if incomplete else None
+        absent = [] if found is None else [*found.missing_images, *found.missing_labels]
         split = "" if self.split == "val" else f"{self.split}\n"  # fingerprints of val are older than splits
         digest = hashlib.sha256(f"{self.name}\n{self.version}\n{split}".encode())
         if self.panoptic is not None:
             digest.update(f"{sha256_of_file(self.resolve_root(root) / self.layout.panoptic_file)}\n".encode())
-        for pair in self.pairs(root):
+        for pair in found.pairs if found is not None and absent and found.pairs else self.pairs(root):
             digest.update(f"{pair.stem}\t{os.path.getsize(pair.image)}\t{os.path.getsize(pair.label)}\n".encode())
+        for name in absent:
+            digest.update(f"{name}\tmissing\n".encode())
         return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ _ENOUGH_FILES = 5
 _CHANCE = 0.001
 # Below that many classes ids 1, 2, 3 in every file are nothing special.
 _MANY_CLASSES = 10
+# Faults of single files, which a run can pass over.
+_OF_ONE_FILE = {"missing_images", "missing_labels", "unreadable_image", "unreadable_label", "size_mismatch"}
 
 
 class _Findings(Findings):
@@ -279,13 +282,22 @@ def check(
     )
 
 
-def quick_check(name: str, root: Path | str, first: int = 8, split: str = "val") -> CheckReport:
+def quick_check(name: str, root: Path | str, first: int = 8, split: str = "val", skip: bool = False) -> CheckReport:
     """The report on the names of all files and the content of the first pairs, for use before a run.
+
+    Args:
+        name: Benchmark id.
+        root: Data root or a folder above it.
+        first: Pairs to open.
+        split: "val" or "train".
+        skip: Files that are missing, damaged or of the wrong size are no errors, because a run is to skip them.
 
     Raises:
         UsageError: Unknown benchmark.
         DataError: Any error; warnings are in the report.
     """
     report = check(name, root, split=split, limit=first)
+    if skip:
+        report = replace(report, problems=tuple(found for found in report.problems if found.kind not in _OF_ONE_FILE))
     report.raise_for_errors()
     return report

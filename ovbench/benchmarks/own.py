@@ -88,10 +88,10 @@ class OwnBenchmark(Benchmark):
         """As :meth:`Benchmark.resolve_root`, with the path in messages that name commands."""
         return resolve_root(self.layout, self.origin, self.labels_from, path)
 
-    def fingerprint(self, root: Path | str) -> str:
+    def fingerprint(self, root: Path | str, *, incomplete: bool = False) -> str:
         """sha256 (hex) over the files, as for every benchmark, and over the definition, which no release pins."""
         rule = [self.class_names, self.has_background, self.reduce_zero_label, self.word_lists]
-        return sha256_of([super().fingerprint(root), rule])
+        return sha256_of([super().fingerprint(root, incomplete=incomplete), rule])
 
 
 def is_path(name: str) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the same spec and data.", rich_help_panel=WORK)] = False,
     skip_recorded: Annotated[bool, typer.Option("--skip-recorded", help="Print the record instead where the results hold a whole one of the same spec and data.", rich_help_panel=WORK)] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Look at the first labels before the run.", rich_help_panel=WORK)] = True,
+    on_error: Annotated[str, typer.Option("--on-error", metavar="stop|skip", help="An image that is missing or cannot be read stops the run with its name, or is skipped, listed in the record and marks the run partial.", rich_help_panel=WORK)] = "stop",
+    launcher: Annotated[str, typer.Option(help="Several processes share the images: none, pytorch (torchrun) or slurm (srun).", rich_help_panel=WORK)] = "none",
     results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
     save_predictions: Annotated[bool, typer.Option("--save-predictions", help="Write a palette PNG per image beside the record.", rich_help_panel=WORK)] = False,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the overlay gallery; 0 = none.", rich_help_panel=WORK)] = 4,
@@ -88,26 +91,31 @@ def run(
     ovbench run -m clip -d ade20k --data-root ~/data --arch ViT-L-14 --protocol common --limit 50
     ovbench run -m sc-clip -d voc20 --data-root ~/data --weights ViT-B-16.safetensors --resume
     ovbench run --solver op --base sc-clip --attention dinov2-b14 -d voc20 --data-root ~/data
+    torchrun --nproc-per-node 4 -m ovbench run -m sc-clip -d ade20k --data-root ~/data --launcher pytorch
     """
     spec = _spec(locals())
-    from ovbench.evaluate import RunOptions
+    from ovbench.evaluate import RunOptions, ranks
     from ovbench.evaluate import run as evaluate
     from ovbench.evaluate import track as trackers
 
+    lead = ranks.is_first(launcher)
     chosen = trackers.require(track or [])  # before the run: nothing is found missing after it
 
     how: dict[str, Any] = {
         "data_root": data_root, "results": results, "batch": batch, "workers": workers, "resume": resume,
-        "skip_recorded": skip_recorded, "save_predictions": save_predictions, "gallery": gallery, "check": check,
-        "cache_masks": cache_masks, "on_message": say, "command": shlex.join(["ovbench", *sys.argv[1:]]),
+        "skip_recorded": skip_recorded, "on_error": on_error, "launcher": launcher, "save_predictions": save_predictions,
+        "gallery": gallery, "check": check, "cache_masks": cache_masks, "on_message": say,
+        "command": shlex.join(["ovbench", *sys.argv[1:]]),
     }  # fmt: skip
     if dump_config is not None:
         from ovbench.evaluate.config import dump_config as dump
 
         print_text(str(dump(spec, RunOptions(**how), dump_config)))
         return
-    with terminable(), progress("images") as on_images:
+    with terminable(), progress("images") if lead else nullcontext(lambda done, total: None) as on_images:
         record = evaluate(spec, **how, on_images=on_images)
+    if not lead:  # one speaks for all
+        return
     for name in chosen:
         where = trackers.send(record, name, results)
         if where is not None:
@@ -133,7 +141,9 @@ def spec_of(arguments: Sequence[str]) -> RunSpec:
         if not callable(message):
             raise
         raise UsageError(" ".join(str(message()).split())) from None
-    return _spec(context.params)
+    device = context.params["device"]  # the run's own business: this machine may have none, or be another
+    named = None if device is None else device.partition(":")[0]
+    return _spec({**context.params, "device": named, "launcher": "none"})
 
 
 def _spec(given: Mapping[str, Any]) -> RunSpec:
@@ -168,7 +178,7 @@ def _spec(given: Mapping[str, Any]) -> RunSpec:
             "dataset": dataset,
             "protocol": specs.protocol(given["protocol"], dataset, method=method, **overrides),
             "weights": source,
-            "device": given["device"] or default_device(),
+            "device": own_device(given["device"], given["launcher"]),
             "window_batch": parse_window_batch(given["window_batch"]),
             **{name: given[name] for name in ("arch", "activation", "dtype", "compile_mode", "limit", "seed", "demo")},
         },
@@ -230,6 +240,27 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def own_device(given: str | None, launcher: str) -> str:
+    """The device as given or found; a GPU that is named, or this process' own among several, is torch's current one from now.
+
+    Raises:
+        UsageError: It is not there.
+    """
+    device = given or default_device()
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (launcher == "none" and not index):
+        return device
+    import torch
+
+    from ovbench.model import require_device
+
+    require_device(device)
+    # slurm's own name: torchrun's is set when the processes are joined. With one visible GPU per task it is the first.
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    torch.cuda.set_device(int(index) if index else local % torch.cuda.device_count())
+    return kind
 
 
 def default_device() -> str:
@@ -353,6 +384,8 @@ def show(record: RunRecord, results: Path) -> None:
         print_text(f"no panoptic quality: {metrics.panoptic_reason}")
     if record.demo:
         print_text("demo: built-in CLIP or generated scenes. A check of the pipeline, no evidence about the method.")
+    for failure in record.failures:
+        print_text(f"skipped  {failure.name}: {failure.reason}")
     if record.reason:
         print_text(f"partial: {record.reason}. Kept out of tables of results.")
     path = record_path(record, results)

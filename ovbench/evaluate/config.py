@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import RunError
-from ovbench.evaluate.run import RunOptions, data_of, words_of
+from ovbench.evaluate.inputs import data_of, words_of
+from ovbench.evaluate.run import RunOptions
 from ovbench.paths import user_path
 from ovbench.spec import RunSpec
 
@@ -33,7 +34,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     from ovbench.registry import CLOSED_SET, method_info
 
     benchmark = benchmarks.get(spec.dataset)
-    root, _ = data_of(benchmark, spec, options)
+    root, _ = data_of(benchmark, spec, options.data_root)
     closed = method_info(spec.method).track == CLOSED_SET
     classes = list(benchmark.class_names) if closed else words_of(benchmark, spec)[0]
     path = user_path(spec.weights)

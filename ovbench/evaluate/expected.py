@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ovbench.evaluate.run import RunOptions, data_of, wording_of, words_of
+from ovbench.evaluate.inputs import data_of, wording_of, words_of
 from ovbench.hashing import sha256_of_file
+from ovbench.paths import user_path
 from ovbench.results import store
 from ovbench.results.record import RunRecord
 from ovbench.spec import RunSpec
@@ -92,12 +93,12 @@ def expected(
     from ovbench.trained_weights import read_about, told
 
     info, benchmark = method_info(spec.method), benchmarks.get(spec.dataset)
-    root, synthetic = data_of(benchmark, spec, RunOptions(data_root=data_root))
+    root, synthetic = data_of(benchmark, spec, data_root)
     seen = {} if fingerprints is None else fingerprints
     key = (benchmark.name, root)
     if key not in seen:
         seen[key] = benchmark.fingerprint(root)
-    path = Path(spec.weights).expanduser()
+    path = user_path(spec.weights)
     about = read_about(path) if path.is_file() else None
     found = (_closed_set if info.track == CLOSED_SET else _open_vocabulary)(spec, path, about)
     final = spec.model_copy(
@@ -254,7 +255,7 @@ def _same_weights(asked: str | None, backbone: str | None, recorded: str | None,
 
     if asked is None:  # the published ones, known by their repository; or there is no further backbone
         return recorded is None or (recorded == HUB if backbone == "sd2" else "/" in recorded)
-    path = Path(asked).expanduser()
+    path = user_path(asked)
     if path.is_file():
         return recorded_sha256 == sha256_of_file(path)
     return not path.exists() and recorded == asked  # a repository; of a folder the record has no name that tells

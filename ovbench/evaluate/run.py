@@ -6,27 +6,25 @@ Whatever ends a run early leaves a record that says so, and a shard file from wh
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ovbench.errors import Interrupted, OvbenchError, RunError, UsageError
-from ovbench.hashing import sha256_of
-from ovbench.paths import cache_dir, user_path
+from ovbench.errors import Interrupted, RunError, UsageError
+from ovbench.evaluate import ranks
+from ovbench.evaluate.faults import clear_error
+from ovbench.evaluate.signals import held_back
+from ovbench.paths import user_path
 from ovbench.results import record as records
 from ovbench.results import store
 from ovbench.results.panoptic import panoptic_from_sums
 from ovbench.spec import RunSpec, validated
 
 RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # of a GPU; of the machine
-DEMO_IMAGES = 24
-DEMO_SEED = 20261121
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,9 @@ class RunOptions:
         workers: Processes that read and resize images; None chooses.
         resume: Continue the newest unfinished run of the same spec and data.
         skip_recorded: Return the newest whole record of the same spec and data where there is one.
+        on_error: What an image that cannot be read does: ``stop`` the run with its name, or ``skip`` it, which marks the
+            run partial.
+        launcher: What has started this process and others that share the images: ``none``, ``pytorch`` or ``slurm``.
         save_predictions: Write a palette PNG per image.
         gallery: Images in the overlay gallery, 0 for none.
         check: Look at the first label files before anything else.
@@ -55,6 +56,8 @@ class RunOptions:
     workers: int | None = None
     resume: bool = False
     skip_recorded: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    launcher: str = "none"
     save_predictions: bool = False
     gallery: int = 4
     check: bool = True
@@ -80,6 +83,7 @@ class _State:
     partial_reason: str | None = None
     benchmark: Any = None
     recorded: records.RunRecord | None = None
+    team: ranks.Team = field(default_factory=ranks.Team)
 
 
 def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
@@ -106,90 +110,102 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         if options.get(key) is not None:
             options[key] = user_path(options[key])
     chosen = replace(RunOptions(), **options)
-    store.ensure_writable(chosen.results)
-    state = _State(checked, chosen, datetime.now(timezone.utc))
+    if chosen.on_error not in ("stop", "skip"):
+        raise UsageError(f"on_error is {chosen.on_error!r}; give 'stop' or 'skip'.")
+    team = ranks.join(chosen.launcher)
+    if not team.lead:  # one speaks for all
+        chosen = replace(chosen, on_images=lambda done, total: None, on_message=lambda text: None)
+    state = _State(checked, chosen, datetime.now(timezone.utc), team=team)
     state.run_id = records.new_run_id(checked.spec_hash(), state.started)
     try:
-        _evaluate(state)
-    except KeyboardInterrupt:
-        stored = _store(state, "interrupted", "interrupted by the user or the scheduler")
-        raise Interrupted(
-            f"Interrupted. Finished images are kept; continue with --resume. Record: {stored[1]}"
-        ) from None
-    except Exception as error:
-        clear = clear_error(error)
-        if state.shard is not None:  # before that nothing was computed, and there is nothing to keep
-            _, path = _store(state, "failed", str(clear))
-            clear.args = (f"{clear} Record of the failed run: {path}",)
-        if clear is error:
-            raise
-        raise clear from error
+        return _run(state)
     finally:
         if state.shard is not None:
             state.shard.close()
-    if state.recorded is not None:
-        return state.recorded
-    return _store(state, "ok", state.partial_reason)[0]
+        team.leave()
 
 
-def clear_error(error: Exception) -> OvbenchError:
-    """The error as one for users: our own as they are, those from worker processes unwrapped, memory named."""
-    text = str(error)
-    if isinstance(error, OvbenchError):
-        if text.startswith("Caught "):  # torch puts a worker's whole traceback into the message
-            lines = text.strip().splitlines()
-            last = next(
-                (i for i in range(len(lines) - 1, -1, -1) if re.match(r"ovbench\.errors\.\w+: ", lines[i])), None
-            )
-            if last is not None:
-                error.args = (" ".join(lines[last:]).split(": ", 1)[1],)
-        return error
-    if type(error).__name__ == "OutOfMemoryError" or any(said in text.lower() for said in _NO_MEMORY):
-        return RunError(
-            f"Out of memory: {text.splitlines()[0]} Use a smaller --window-batch or --batch, or --dtype bfloat16; "
-            "finished images are kept, continue with --resume."
-        )
-    if "torchvision::" in text:
-        return RunError(
-            f"torch and torchvision do not belong together ({text.splitlines()[0]}). Install both from the same place: "
-            "pip install --force-reinstall torch torchvision."
-        )
-    if "DataLoader worker" in text:
-        return RunError(f"A process that reads images ended: {text.splitlines()[0]} Try --workers 0 to see why.")
-    from ovbench.registry import own_frame
+def _run(state: _State) -> records.RunRecord:
+    """:func:`run`, whose end the other processes hear of."""
+    team = state.team
+    try:
+        _evaluate(state)
+        if not team.lead:
+            return store.read(team.over())
+    except KeyboardInterrupt as error:
+        with held_back(deliver=False):
+            where = _ended(state, error, "interrupted", "interrupted by the user or the scheduler")
+        raise Interrupted(f"Interrupted. Finished images are kept; continue with --resume.{where}") from None
+    except Exception as error:
+        clear = clear_error(error)
+        with held_back(deliver=False):
+            where = _ended(state, clear, "failed", str(clear))
+        clear.args = (f"{clear}{where}",)
+        if clear is error:
+            raise
+        raise clear from error
+    with held_back(deliver=False):  # a run that is being recorded has ended, whoever wants to interrupt it
+        try:
+            if state.recorded is not None:
+                record, path = state.recorded, store.record_path(state.recorded, state.options.results)
+            else:
+                record, path = _store(state, "ok", state.partial_reason)
+        except RunError as error:
+            error.args = (f"{error} All images are done and kept; continue with --resume.",)
+            team.failed(error)
+            raise
+        team.over(str(path.resolve()))
+    return record
 
-    lines, place = text.strip().splitlines(), own_frame(error)
-    where = f" ({place})" if place else ""
-    return RunError(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}{where}")
+
+def _ended(state: _State, error: BaseException, status: str, reason: str) -> str:
+    """Tells the other processes, and records a run that ends early; returns where the record is."""
+    from ovbench.evaluate.shards import others_of
+
+    shard, team = state.shard, state.team
+    if not team.lead and shard is not None:
+        shard.close()  # before the first one hears of it
+    team.failed(error)
+    if not team.lead or shard is None:  # without a shard nothing was computed, and there is nothing to keep
+        return ""
+    try:
+        for path in others_of(shard.path):
+            shard.absorb(path, wait=10.0)
+        _, stored = _store(state, status, reason)
+    except RunError as second:
+        return f" Besides: {second}"
+    return f" Record of the {status} run: {stored}"
 
 
 def _evaluate(state: _State) -> None:
     from ovbench import benchmarks
+    from ovbench.evaluate.inputs import data_of
     from ovbench.registry import CLOSED_SET, method_info
 
     spec, options = state.spec, state.options
     method_info(spec.method)  # unknown names before any work
+    store.ensure_writable(options.results)
     state.benchmark = benchmark = benchmarks.get(spec.dataset)
-    root, synthetic = data_of(benchmark, spec, options)
-    if options.check:
-        from ovbench.benchmarks.check import quick_check
+    with state.team.first_alone():  # which fetches and makes what is not there yet
+        root, synthetic = data_of(benchmark, spec, options.data_root)
+        faulty = options.on_error == "skip"
+        if options.check:
+            from ovbench.benchmarks.check import quick_check
 
-        quick_check(spec.dataset, root)
-    state.fingerprint = benchmark.fingerprint(root)
-    build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
-    model, known = build(spec, benchmark, state)
+            quick_check(spec.dataset, root, skip=faulty)
+        state.fingerprint = benchmark.fingerprint(root, incomplete=faulty)
+        build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
+        model, known = build(spec, benchmark, state)
     weights = Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights
     state.weights_sha256 = known["weights_sha256"]
     demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
     common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
     state.spec = spec.model_copy(update={**common, **known})
-    if options.skip_recorded:
-        state.recorded = store.find_whole(state.spec, state.fingerprint, options.results)
-        if state.recorded is not None:
-            options.on_message(f"{RECORDED}{store.record_path(state.recorded, options.results)}")
-            return
+    if options.skip_recorded and _is_recorded(state):
+        return
     options.on_message(
         f"{state.spec.method} on {spec.dataset}: {state.spec.arch}, {spec.weights}, {spec.protocol.name} protocol"
+        + (f", {state.team.world} processes" if state.team.world > 1 else "")
     )
 
     from ovbench.evaluate.session import evaluate_images
@@ -197,8 +213,21 @@ def _evaluate(state: _State) -> None:
     evaluate_images(state, benchmark, root, model, synthetic=synthetic)
 
 
+def _is_recorded(state: _State) -> bool:
+    """Whether there is a whole record of the same spec and data; the first process looks, for all."""
+    options, found = state.options, None
+    if state.team.lead:
+        assert state.fingerprint is not None  # taken before the model was built
+        found = state.recorded = store.find_whole(state.spec, state.fingerprint, options.results)
+    if found is not None:
+        options.on_message(f"{RECORDED}{store.record_path(found, options.results)}")
+    return bool(state.team.told({"recorded": found is not None}, "recorded")["recorded"])
+
+
 def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
     """The model of a spec and what building it has found out for the record."""
+    from ovbench.evaluate.inputs import wording_of, words_of
+
     wording = wording_of(benchmark, spec)
     words, wording_hash = words_of(benchmark, spec)
 
@@ -278,67 +307,6 @@ def _note_trial(state: _State, about: Any) -> None:
         state.partial_reason = f"weights of a trial: {about.iterations} of {about.planned} iterations were trained"
 
 
-def data_of(benchmark: Any, spec: RunSpec, options: RunOptions) -> tuple[Path, bool]:
-    """The data root, and whether its images are generated."""
-    from ovbench.benchmarks import OwnBenchmark, own_root
-    from ovbench.benchmarks.synth import is_synthetic, synth
-
-    given = options.data_root or own_root(benchmark)
-    if spec.demo and given is None and not isinstance(benchmark, OwnBenchmark):
-        home = cache_dir() / "demo" / f"{benchmark.name}-v{benchmark.version}-{DEMO_IMAGES}"
-        return benchmark.resolve_root(synth(benchmark.name, home, images=DEMO_IMAGES, seed=DEMO_SEED)), True
-    if given is None:
-        raise UsageError(
-            f"Where is {benchmark.title}? Give its folder with --data-root DIR (see 'ovbench list datasets'), or try "
-            "the tool on generated scenes with --demo."
-        )
-    root = benchmark.resolve_root(given)
-    return root, is_synthetic(root)
-
-
-def wording_of(benchmark: Any, spec: RunSpec) -> str:
-    """The wording in force: presets name lists of the eight benchmarks, which others do not have."""
-    from ovbench.benchmarks import OwnBenchmark
-
-    p = spec.protocol
-    chosen = "wording" in p.overrides or p.wording in benchmark.wordings
-    fallback = isinstance(benchmark, OwnBenchmark) or benchmark.group != "eight"
-    return str(benchmark.wordings[0]) if fallback and not chosen else p.wording
-
-
-def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
-    """Words per class and their hash: a named wording of the benchmark, or a file with one class per line.
-
-    Raises:
-        UsageError: Unknown wording, or a file whose number of classes is not the benchmark's.
-    """
-    name = wording_of(benchmark, spec)
-    if name in benchmark.wordings:
-        return benchmark.words(name), benchmark.words_sha256(name)
-    path = user_path(name)
-    if not path.is_file():
-        return benchmark.words(name), ""  # raises with the nearest names
-    words = read_classes(path)
-    if len(words) != benchmark.num_classes:
-        raise UsageError(
-            f"The class list '{path}' has {len(words)} classes, but {benchmark.name} has {benchmark.num_classes} "
-            f"(one line per class in label order{', background first' if benchmark.has_background else ''}): a longer "
-            "or shorter list would count the wrong classes."
-        )
-    return words, sha256_of(words)
-
-
-def read_classes(source: str | Path) -> list[list[str]]:
-    """Classes from a file: one class per line, ``name: synonym, synonym`` or ``name, synonym``; empty lines and # comments are skipped.
-
-    Raises:
-        UsageError: No class in it.
-    """
-    from ovbench.classlist import read_file
-
-    return [list(entry.words) for entry in read_file(Path(source))]
-
-
 def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
     from ovbench.profile.environment import environment, git_state, package_versions
 
@@ -368,8 +336,15 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
         partial=status != "ok" or state.partial_reason is not None,
         demo=spec.demo,
         reason=reason,
+        failures=_failures(state),
     )
     return record, store.write(record, state.options.results)
+
+
+def _failures(state: _State) -> tuple[records.ImageFailure, ...]:
+    """The images that were skipped, in order."""
+    failed = {} if state.shard is None else state.shard.failed
+    return tuple(records.ImageFailure(name=name, reason=reason) for _, (name, reason) in sorted(failed.items()))
 
 
 def metrics_of(state: _State) -> records.Metrics:

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.closed_set import ClosedSetModel, views_inside
 from ovbench.compat import quiet_mmengine
+from ovbench.errors import DataError, RunError
+from ovbench.evaluate.gallery import Pictures
+from ovbench.evaluate.ranks import Share
 from ovbench.evaluate.run import default_batch, default_workers, metrics_of
-from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, read_header
+from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, others_of, rank_path, read_header
 from ovbench.model import OpenVocabModel
 from ovbench.ops.windows import windows
 from ovbench.profile import flops
@@ -35,46 +36,49 @@ SegmentationModel = OpenVocabModel | ClosedSetModel
 def evaluate_images(
     state: _State, benchmark: Benchmark, root: Path, model: SegmentationModel, *, synthetic: bool
 ) -> None:
-    """Evaluates all images that are not done yet and fills in metrics and efficiency of ``state``."""
-    from mmengine.dataset import pseudo_collate
+    """Evaluates all images that are not done yet and fills in metrics and efficiency of ``state``.
+
+    Of several processes each evaluates its share of the batches, and the first one takes in what the others have found.
+    """
     from mmengine.evaluator import Evaluator
 
-    from ovbench.evaluate.loop import AreaMetric, EvaluationLoop, EvaluationRunner, Monitor
+    from ovbench.evaluate.loop import AreaMetric, EvaluationLoop, EvaluationRunner, Images, Monitor, Readers, batches
     from ovbench.segmentor import OpenVocabSegmentor
 
-    spec, options = state.spec, state.options
+    spec, options, team = state.spec, state.options, state.team
     short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
-    dataset = build_dataset(benchmark, root, short_side, spec.protocol.long_side)
-    count = len(dataset) if spec.limit is None else min(spec.limit, len(dataset))
-    reasons = state.partial_reason, _partial(count, len(dataset), None if synthetic else benchmark.expected_images)
+    images = Images(build_dataset(benchmark, root, short_side, spec.protocol.long_side))
+    count = len(images) if spec.limit is None else min(spec.limit, len(images))
+    reasons = state.partial_reason, _partial(count, len(images), None if synthetic else benchmark.expected_images)
     state.partial_reason = "; ".join(filter(None, reasons)) or None
-    _open_shard(state, benchmark)
-    indices = [index for index in range(count) if index not in state.shard.done]
+    done = _open_shard(state, benchmark)
+    own = batches(count, options.batch or default_batch(spec.device), done)[team.rank :: team.world]
 
     stopwatch = Stopwatch(model.device)
     model.stage = stopwatch.stage
     if getattr(model, "gives_segments", False) and benchmark.panoptic is not None:
         model.set_things(benchmark.panoptic.things)  # type: ignore[operator]
-    pictures = Pictures(state, benchmark, dataset)
-    monitor = Monitor(state.shard, indices, stopwatch, options.on_images, pictures.keep if pictures.wanted else None)
-    subset: Any = Subset(dataset, indices)
-    subset.metainfo = dataset.metainfo
-    workers = default_workers(spec.device) if options.workers is None else options.workers
-    loader: DataLoader[Any] = DataLoader(
-        subset,
-        batch_size=options.batch or default_batch(spec.device),
-        num_workers=min(workers, len(indices)),
-        collate_fn=pseudo_collate,
+    pictures = Pictures(state, benchmark)
+    monitor = Monitor(
+        state.shard,
+        count,
+        stopwatch,
+        options.on_images,
+        pictures.keep if pictures.wanted else None,
+        (lambda path, why: options.on_message(f"Skipped: {why}")) if options.on_error == "skip" else None,
+        team,
     )
+    workers = default_workers(spec.device) if options.workers is None else options.workers
+    sample = images.first()
     segmentor = OpenVocabSegmentor(model=model)
-    _warm_up(segmentor, dataset)
+    _warm_up(segmentor, sample)
     stopwatch.discard()
     resettable = reset_peak_memory(model.device)
     with quiet_work_folder() as work_dir:
         runner = EvaluationRunner(
             model=segmentor,
             work_dir=work_dir,
-            test_dataloader=loader,
+            test_dataloader=Readers(images, own, workers),
             test_evaluator=Evaluator([AreaMetric(benchmark, monitor)]),
             test_cfg={"type": EvaluationLoop, "monitor": monitor},
             default_hooks=dict.fromkeys(
@@ -85,12 +89,44 @@ def evaluate_images(
             default_scope="mmseg",
             experiment_name=state.run_id,
         )
-        if indices:
+        if own:
             runner.test()
     memory = peak_memory(model.device)
+    state.shard.sync()
+    if not team.lead:
+        state.shard.close()
+    shares = team.shares(Share(len(monitor.results), monitor.loop_seconds, memory[0] if memory else None))
+    if not team.lead:
+        return
+    _gather(state, count)
     state.metrics = metrics_of(state)
-    state.efficiency = efficiency(state, model, dataset, monitor, memory, resettable)
+    kind = None if memory is None else memory[1] if resettable else f"{memory[1]} since process start"
+    state.efficiency = efficiency(state, model, sample, shares, kind)
     pictures.finish()
+
+
+def _gather(state: _State, count: int) -> None:
+    """Takes in the shards of the other processes, and sees that no image is missing.
+
+    Raises:
+        RunError: One is, or all have failed.
+    """
+    shard = state.shard
+    for path in others_of(shard.path):
+        shard.absorb(path, wait=10.0)
+    missing = [index for index in range(count) if index not in shard.done and index not in shard.failed]
+    if missing:
+        raise RunError(
+            f"{len(missing)} images that another process has evaluated are not in '{shard.path.parent}': --results must be "
+            "a folder that all nodes share. Continue with --resume."
+        )
+    if shard.failed:
+        names = [name for _, (name, _) in sorted(shard.failed.items())]
+        if not shard.done:
+            raise DataError(f"None of {count} images could be read; the first: {shard.failed[min(shard.failed)][1]}")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"{len(names)} of {count} images failed and were skipped ({', '.join(names[:3])}{more})"
+        state.partial_reason = "; ".join(filter(None, (state.partial_reason, text)))
 
 
 def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: int) -> Any:
@@ -120,41 +156,78 @@ def _partial(count: int, available: int, expected: int | None) -> str | None:
     return "; ".join(reasons) or None
 
 
-def _open_shard(state: _State, benchmark: Benchmark) -> None:
-    """A new shard file for the run, or with ``resume`` the unfinished one of the same spec and data."""
+def _open_shard(state: _State, benchmark: Benchmark) -> set[int]:
+    """Opens a new shard file for the run, or with ``resume`` the unfinished one of the same spec and data.
+
+    Of several processes the first one does, and the others open files of their own beside it.
+
+    Returns:
+        The images that are done.
+
+    Raises:
+        DataError: Another process sees another spec or other data.
+    """
     from datetime import datetime
 
-    spec, options = state.spec, state.options
+    spec, options, team = state.spec, state.options, state.team
     folder = options.results / store.path_name(spec.method) / store.path_name(spec.dataset)
-    spec_hash = spec.spec_hash()
-    path = None
+    identity = {"spec_hash": spec.spec_hash(), "dataset_fingerprint": state.fingerprint}
+    if team.lead:
+        _open_own(state, folder, identity, benchmark.num_classes)
+    plan = team.told(
+        {**identity, "run_id": state.run_id, "started": state.started.isoformat(), "done": _done_of(state.shard)}
+    )
+    done = set(plan.pop("done"))
+    if not team.lead:
+        different = [name for name, value in identity.items() if plan[name] != value]
+        if different:
+            raise DataError(
+                f"Process {team.rank} of {team.world} has another {' and '.join(different)} than process 0: give all of "
+                "them the same command, code and data."
+            )
+        state.run_id, state.started = plan["run_id"], datetime.fromisoformat(plan["started"])
+        path = rank_path(folder / f"{state.run_id}{SUFFIX}", team.rank)
+        state.shard = Shard(path, plan, benchmark.num_classes)
+    return done
+
+
+def _done_of(shard: Shard | None) -> list[int]:
+    return [] if shard is None else sorted(shard.done)
+
+
+def _open_own(state: _State, folder: Path, identity: dict[str, Any], num_classes: int) -> None:
+    """The shard of the first process, which has taken in what others have left."""
+    from datetime import datetime
+
+    options, path = state.options, None
     if options.resume:
-        path = find_unfinished(folder, spec_hash, str(state.fingerprint))
+        path = find_unfinished(folder, identity["spec_hash"], identity["dataset_fingerprint"])
         if path is None:
             options.on_message("Nothing to resume for this spec and data: a new run starts.")
-    if path is not None:
-        header = read_header(path)
+    header = None if path is None else read_header(path)
+    if path is not None and header is not None:
         state.run_id = header["run_id"]
         state.started = datetime.fromisoformat(header["started"])
     else:
-        state.run_id = state.run_id.split("-")[0] + f"-{spec_hash[:8]}-" + state.run_id.split("-")[-1]
+        time, _, digits = state.run_id.split("-")
+        state.run_id = f"{time}-{identity['spec_hash'][:8]}-{digits}"
         path = folder / f"{state.run_id}{SUFFIX}"
-    header = {
-        "run_id": state.run_id,
-        "spec_hash": spec_hash,
-        "dataset_fingerprint": state.fingerprint,
-        "started": state.started.isoformat(),
-    }
-    state.shard = Shard(path, header, benchmark.num_classes)
+    header = {"run_id": state.run_id, **identity, "started": state.started.isoformat()}
+    state.shard = Shard(path, header, num_classes)
+    for other in others_of(path):
+        state.shard.absorb(other)
+    state.shard.failed.clear()  # those are tried again
+    if state.shard.damaged:
+        options.on_message(f"{state.shard.damaged} lines of '{path}' were damaged: their images are evaluated again.")
     if state.shard.done:
         options.on_message(f"Resuming {state.run_id}: {len(state.shard.done)} images are done.")
 
 
-def _warm_up(segmentor: Any, dataset: Any) -> None:
+def _warm_up(segmentor: Any, sample: Any) -> None:
     """One image through everything, so that allocation and kernel choice are not timed."""
-    sample = dataset[0]
+    own = sample["data_samples"].clone()  # the prediction goes into it
     with torch.inference_mode():
-        segmentor.test_step({key: [value] for key, value in sample.items()})
+        segmentor.test_step({"inputs": [sample["inputs"]], "data_samples": [own]})
 
 
 @contextmanager
@@ -173,25 +246,31 @@ def quiet_work_folder() -> Iterator[str]:
 
 
 def efficiency(
-    state: _State,
-    model: SegmentationModel,
-    dataset: Any,
-    monitor: Any,
-    memory: tuple[float, str] | None,
-    resettable: bool,
+    state: _State, model: SegmentationModel, sample: Any, shares: Sequence[Share], memory_kind: str | None
 ) -> Efficiency:
-    """Cost of the run: parameters, operations of one forward, time per image and stage, peak memory."""
+    """Cost of the run: parameters, operations of one forward, time per image and stage, peak memory.
+
+    Args:
+        state: The run, with the times of all images.
+        model: What ran.
+        sample: An image for counting operations.
+        shares: What each process has done.
+        memory_kind: What the peaks are; None where the system does not tell.
+    """
     times: dict[str, list[float]] = {}
     for result in state.shard.done.values():
         for name, value in result.times_ms.items():
             times.setdefault(name, []).append(value)
     total = times.pop("total", [])
     parameters = {id(p): p for p in model.parameters()}.values()
-    counted, shape = _count(model, dataset)
-    fresh = len(monitor.results)
-    rate = fresh / monitor.loop_seconds if fresh and monitor.loop_seconds else None
+    counted, shape = _count(model, sample)
+    fresh, seconds = sum(share.images for share in shares), max(share.seconds for share in shares)
+    rate = fresh / seconds if fresh and seconds else None
+    peaks = [share.peak_mib for share in shares if share.peak_mib is not None]
+    several = f", the highest of {len(shares)} processes" if len(shares) > 1 else ""
     return Efficiency(
         batch=state.options.batch or default_batch(state.spec.device),
+        processes=len(shares),
         params_m=sum(p.numel() for p in parameters) / 1e6,
         trainable_params_m=sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
         gmacs=counted.gmacs,
@@ -203,16 +282,16 @@ def efficiency(
         stages_ms={name: Latency(**summary(samples)) for name, samples in times.items()},
         images_per_s=rate,
         images_per_s_reason=None if rate else "no image was evaluated in this process (all were resumed)",
-        peak_memory_mib=memory[0] if memory else None,
-        peak_memory_mib_reason=None if memory else "the system does not tell",
-        peak_memory_kind=None if memory is None else memory[1] if resettable else f"{memory[1]} since process start",
+        peak_memory_mib=max(peaks) if peaks else None,
+        peak_memory_mib_reason=None if peaks else "the system does not tell",
+        peak_memory_kind=None if not peaks or memory_kind is None else memory_kind + several,
     )
 
 
-def _count(model: SegmentationModel, dataset: Any) -> tuple[flops.Flops, str]:
+def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str]:
     """Operations of one network forward at the first image's input, and that input in words."""
     protocol = model.protocol
-    image = dataset[0]["inputs"]
+    image = sample["inputs"]
     height, width = image.shape[-2:]
     if model.solver:
         counted = flops.count(lambda: model.predict_labels([image.flip(0)], [(height, width)]))
@@ -240,56 +319,3 @@ def _count(model: SegmentationModel, dataset: Any) -> tuple[flops.Flops, str]:
     shape = "x".join(str(side) for side in batch.shape)
     views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
     return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}"
-
-
-class Pictures:
-    """Prediction PNGs and the overlay gallery of a run.
-
-    Args:
-        state: The run.
-        benchmark: Names and palette.
-        dataset: Knows the image files.
-    """
-
-    def __init__(self, state: _State, benchmark: Benchmark, dataset: Any) -> None:
-        self.state, self.benchmark, self.dataset = state, benchmark, dataset
-        self.folder = state.shard.path.with_name(state.run_id)
-        self.rows: list[Any] = []
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any picture is to be made."""
-        return self.state.options.save_predictions or self.state.options.gallery > 0
-
-    def keep(self, index: int, sample: Any) -> None:
-        """Called with every finished image."""
-        from ovbench import pictures
-
-        options = self.state.options
-        in_gallery = len(self.rows) < options.gallery and index < max(options.gallery, 1)
-        if not (options.save_predictions or in_gallery):
-            return
-        pred = sample["pred_sem_seg"]["data"][0].cpu().numpy()
-        path = Path(sample["img_path"])
-        if options.save_predictions:
-            (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
-            pictures.save_label_png(self.folder / "predictions" / f"{path.stem}.png", pred, self.benchmark.palette)
-        if in_gallery:
-            truth = sample["gt_sem_seg"]["data"][0].cpu().numpy()
-            names: Sequence[str] = self.benchmark.class_names
-            image = pictures.read_rgb(path)
-            if image.shape[:2] == pred.shape:
-                self.rows.append(
-                    pictures.gallery_row(image, pred, np.asarray(truth), self.benchmark.palette, names, path.name)
-                )
-
-    def finish(self) -> None:
-        """Writes the gallery as one PNG."""
-        from ovbench import pictures
-
-        if self.rows:
-            spec = self.state.spec
-            title = f"{spec.method} on {spec.dataset}" + (" - demo: no evidence about the method" if spec.demo else "")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sheet = pictures.stack([pictures.caption(title, self.rows[0].width), *self.rows], gap=10)
-            sheet.save(self.folder / "gallery.png")

@@ -171,6 +171,7 @@ def verify(
                 results=Path(folder),
                 batch=None if record.efficiency is None else record.efficiency.batch,
                 workers=given.workers,
+                on_error="skip" if record.failures else "stop",
                 gallery=0,
                 command=shlex.join(["ovbench", *sys.argv[1:]]),
                 on_images=on_images,

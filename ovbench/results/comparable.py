@@ -92,6 +92,7 @@ def settings_of(record: RunRecord) -> dict[str, str]:
         "compile mode": spec.compile_mode,
         "window batch": "auto" if spec.window_batch is None else str(spec.window_batch),
         "batch": str(None if record.efficiency is None else record.efficiency.batch),
+        "processes": str(1 if record.efficiency is None else record.efficiency.processes),
         "limit": str(spec.limit),
         "seed": str(spec.seed),
     }

@@ -58,7 +58,7 @@ def read(path: Path, record: RunRecord) -> ImageAreas:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         header: dict[str, Any] = json.loads(lines[0]) if lines else {}
-        entries = {int(entry["index"]): entry for entry in map(json.loads, lines[1:])}
+        entries = {int(entry["index"]): entry for entry in map(json.loads, lines[1:]) if "error" not in entry}
     except OSError as error:
         raise DataError(
             f"Cannot read the areas per image of {record.run_id} at '{path}': {error.strerror or error}. They lie beside "
@@ -66,8 +66,9 @@ def read(path: Path, record: RunRecord) -> ImageAreas:
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{path}' is broken: {error}.") from error
-    if not isinstance(header, dict) or header.get("version") != VERSION:
-        raise DataError(f"'{path}' is not of version {VERSION}; this ovbench reads {VERSION}.")
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != VERSION:
+        raise DataError(f"'{path}' has version {version!r}; this ovbench reads {VERSION}.")
     if header.get("dataset_fingerprint") != record.provenance.dataset_fingerprint:
         raise DataError(f"'{path}' belongs to another run than {record.run_id}: its dataset fingerprint differs.")
     ordered = [entries[index] for index in sorted(entries)]

@@ -54,6 +54,13 @@ class Metrics(Stored):
     panoptic_reason: str | None = Field(None, description="why panoptic is null though the benchmark has true segments")
 
 
+class ImageFailure(Stored):
+    """An image that could not be evaluated and was skipped."""
+
+    name: str = Field(description="file name")
+    reason: str = Field(description="what was wrong with it")
+
+
 class Latency(Stored):
     """Repeated timings of one thing; the statistics follow from ``samples``."""
 
@@ -84,15 +91,20 @@ class Efficiency(Stored):
     input: str | None = Field(None, description="network input BxCxHxW that was counted, and how many an image takes")
     tool: str | None = Field(None, description="what counted the operations, with version")
     batch: int | None = Field(None, ge=1, description="images per step of the timings; times of a step are shared out")
+    processes: int = Field(1, ge=1, description="processes that shared the images (in the session that ended the run)")
     latency_ms: Latency | None = Field(None, description="wall time of one image, synchronised, warm-up left out")
     latency_ms_reason: str | None = None
     stages_ms: dict[str, Latency] = Field(default_factory=dict, description="the same per named stage of an image")
-    images_per_s: float | None = Field(None, description="evaluated images / wall time of the evaluation loop")
+    images_per_s: float | None = Field(
+        None, description="evaluated images / wall time of the evaluation loop (of the slowest process)"
+    )
     images_per_s_reason: str | None = None
     peak_memory_mib: float | None = Field(None, description="MiB; see peak_memory_kind")
     peak_memory_mib_reason: str | None = None
     peak_memory_kind: str | None = Field(
-        None, description="cuda-allocated (torch's peak of allocated device memory) or process-rss (peak resident set)"
+        None,
+        description="cuda-allocated (torch's peak of allocated device memory) or process-rss (peak resident set), of several "
+        "processes that of the largest",
     )
 
     @model_validator(mode="after")
@@ -168,6 +180,7 @@ class RunRecord(Stored):
     partial: bool = Field(description="true when not all images of the benchmark were evaluated")
     demo: bool = Field(description="true for the built-in CLIP on generated scenes: a check of the pipeline only")
     reason: str | None = Field(description="why the run is not ok, or why it is partial")
+    failures: tuple[ImageFailure, ...] = Field((), description="images that were skipped (--on-error skip)")
 
     @field_validator("run_id")
     @classmethod

@@ -7,7 +7,6 @@ train, nor on where a training was interrupted. So resuming starts at a position
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ovbench.benchmarks import names
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import DataError, UsageError
+from ovbench.evaluate.signals import leave_signals
 from ovbench.ops.panoptic import NO_SEGMENT, Segments
 from ovbench.train.recipe import Recipe
 
@@ -167,12 +167,6 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
         return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed, segments)
 
 
-def _leave_signals(worker: int) -> None:
-    """A scheduler signals all processes; the one that trains decides, and still needs its readers for the batch in flight."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: tensors stacked, segments as a list, because images have different numbers of them."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
@@ -190,5 +184,5 @@ def loader(images: TrainingSet, positions: Positions, workers: int, device: str)
         pin_memory=device == "cuda",
         collate_fn=collate,
         drop_last=True,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
     )

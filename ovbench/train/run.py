@@ -242,7 +242,7 @@ def _graceful(journal: Any) -> Iterator[None]:
 
 def _clear(error: Exception) -> OvbenchError:
     """The error as one for users."""
-    from ovbench.evaluate.run import clear_error
+    from ovbench.evaluate.faults import clear_error
 
     if "Expected more than 1 value per channel" in str(error):
         return RunError("Batch norm needs at least two images per process: --set batch=2 or more.")
