@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
+# A job that runs in the background of a shell has Ctrl-C ignored, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: parallel test processes must not each take all cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
