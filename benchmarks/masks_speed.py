@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=100)
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, beside the plain tower")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     with torch.inference_mode():
@@ -97,6 +98,7 @@ def main() -> None:
             assert before is not None and after is not None  # Linux tells
             print(after[0] - before[0])
             return
+        todo = {name: step for name, step in todo.items() if name in (ROWS[0], *given.rows.split(","))}
         times: dict[str, list[float]] = {name: [] for name in todo}
         for step in todo.values():
             step()
