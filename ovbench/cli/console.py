@@ -74,3 +74,46 @@ def bar(title: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int | 
     with Progress(*columns, console=target, transient=True, disable=not target.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress(unit: str, title: str = "evaluating") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
+    from time import monotonic
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    target = console(sys.stderr)
+    first: list[float] = []
+    told = [monotonic()]
+
+    def rate(done: int) -> str:
+        if not first:
+            first.extend((monotonic(), float(done)))
+        seconds = monotonic() - first[0]
+        return f"{(done - first[1]) / seconds:.1f} {unit}/s" if seconds > 0 and done > first[1] else ""
+
+    if not target.is_terminal:
+
+        def tell(done: int, total: int) -> None:
+            speed = rate(done)
+            if monotonic() - told[0] > 30:
+                told[0] = monotonic()
+                say(f"{done}/{total} {unit}  {speed}")
+
+        yield tell
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=target, transient=True) as bar:
+        task = bar.add_task(title, total=None, rate="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import print_json, print_text, say
-from ovbench.cli.run import choose, default_device, parse_options, progress
+from ovbench.cli.console import print_json, print_text, progress, say
+from ovbench.cli.run import choose, default_device, parse_options
 from ovbench.errors import DataError, OvbenchError, RunError, UsageError
 
 if TYPE_CHECKING:

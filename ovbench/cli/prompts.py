@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import print_json, print_rich, print_text, say
+from ovbench.cli.console import print_json, print_rich, print_text, progress, say
 from ovbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -174,7 +174,6 @@ def generate(
     ovbench predict shore.jpg --classes "walrus, sea otter" --prompts prompts.json
     """
     from ovbench import classlist
-    from ovbench.cli.run import progress
     from ovbench.prompts import ATTRIBUTES
     from ovbench.prompts import generate as write
     from ovbench.prompts.chat import Chat

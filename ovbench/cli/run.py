@@ -6,14 +6,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import console, print_rich, print_text, say
+from ovbench.cli.console import print_rich, print_text, progress, say
 from ovbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -309,49 +309,6 @@ def parse_options(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
             raise UsageError(f"{flag} {pair!r}: give KEY=VALUE, e.g. {flag} {example}.")
         options[key.strip()] = value.strip()
     return options
-
-
-@contextmanager
-def progress(unit: str, title: str = "evaluating") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
-    from time import monotonic
-
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    target = console(sys.stderr)
-    first: list[float] = []
-    told = [monotonic()]
-
-    def rate(done: int) -> str:
-        if not first:
-            first.extend((monotonic(), float(done)))
-        seconds = monotonic() - first[0]
-        return f"{(done - first[1]) / seconds:.1f} {unit}/s" if seconds > 0 and done > first[1] else ""
-
-    if not target.is_terminal:
-
-        def tell(done: int, total: int) -> None:
-            speed = rate(done)
-            if monotonic() - told[0] > 30:
-                told[0] = monotonic()
-                say(f"{done}/{total} {unit}  {speed}")
-
-        yield tell
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=target, transient=True) as bar:
-        task = bar.add_task(title, total=None, rate="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))
 
 
 def show(record: RunRecord, results: Path) -> None:

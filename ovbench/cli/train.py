@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import console, print_json, print_rich, print_text, say
-from ovbench.cli.run import default_device, parse_options, progress
+from ovbench.cli.console import console, print_json, print_rich, print_text, progress, say
+from ovbench.cli.run import default_device, parse_options
 from ovbench.cli.run import show as show_run
 from ovbench.errors import UsageError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovbench.cli.console import print_json, print_rich, print_text, say
+from ovbench.cli.console import print_json, print_rich, print_text, progress, say
 
 if TYPE_CHECKING:
     from ovbench.evaluate.verify import Verification
@@ -62,7 +62,7 @@ def verify(
     ovbench verify 20261121T0714 --images 20 --data-root ~/data
     ovbench verify run.json --weights ViT-B-16.safetensors --data-root ~/data --json
     """
-    from ovbench.cli.run import parse_options, progress
+    from ovbench.cli.run import parse_options
     from ovbench.results.compare import find
 
     loaded = find(run, results)

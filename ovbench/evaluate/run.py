@@ -221,7 +221,10 @@ def _is_recorded(state: _State) -> bool:
         found = state.recorded = store.find_whole(state.spec, state.fingerprint, options.results)
     if found is not None:
         options.on_message(f"{RECORDED}{store.record_path(found, options.results)}")
-    return bool(state.team.told({"recorded": found is not None}, "recorded")["recorded"])
+    recorded = bool(state.team.told({"recorded": found is not None}, "recorded")["recorded"])
+    if recorded:  # the first process, and what it tells, stays until all have heard it
+        state.team.shares(ranks.Share())
+    return recorded
 
 
 def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:

@@ -315,7 +315,7 @@ def _compared(
         before = record.metrics
         pixels = _changed(_sums(before), _sums(now.metrics))
     else:
-        recorded = _first(recorded, len(again.names))
+        recorded = recorded.first(len(again.names))
         _require_same_images(recorded.names, again.names)
         before = _metrics(record, recorded)
         for index, name in enumerate(again.names):
@@ -355,10 +355,6 @@ def _compared(
 def _code(record: RunRecord) -> dict[str, Any]:
     source = record.provenance
     return {"git commit": source.git_commit, "uncommitted changes": source.git_dirty}
-
-
-def _first(areas: ImageAreas, count: int) -> ImageAreas:
-    return ImageAreas(areas.names[:count], areas.intersect[:count], areas.pred[:count], areas.label[:count])
 
 
 def _require_same_images(recorded: Sequence[str], now: Sequence[str]) -> None:

@@ -39,6 +39,10 @@ class ImageAreas:
         """(N, K) int64, pixels predicted or labelled as a class."""
         return self.pred + self.label - self.intersect
 
+    def first(self, count: int) -> ImageAreas:
+        """Those of the first images."""
+        return ImageAreas(self.names[:count], self.intersect[:count], self.pred[:count], self.label[:count])
+
 
 def path_beside(record_path: Path) -> Path:
     """Where the areas of a record lie."""
