@@ -43,6 +43,7 @@ METHODS = {
     }
 }
 CLIP_LR = 0.1
+MASKS_AT_ONCE = 10  # through the adapter; divides the number that masks are padded to at a fixed window batch
 RECIPE: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 1e-4,
@@ -123,11 +124,17 @@ class DistributionAdapter(nn.Module):
         if not len(self.layers) or not masks.shape[1]:
             return masks
         # logits of padding, or of generators that are very sure, are no scale to learn on
-        x = masks.flatten(0, 1)[:, None].clamp(-20, 20)
-        for index, layer in enumerate(self.layers):
-            x = layer(F.relu(x) if index else x)
-        result: Tensor = masks + x[:, 0].unflatten(0, masks.shape[:2])
+        every = masks.flatten(0, 1)[:, None].clamp(-20, 20)
+        # channels of all masks at once would be by far the largest tensors of a forward
+        parts = every.split(len(every) if torch.is_grad_enabled() else MASKS_AT_ONCE)
+        added = torch.cat([self._convolved(part) for part in parts])
+        result: Tensor = masks + added[:, 0].unflatten(0, masks.shape[:2])
         return result
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = layer(F.relu(x, inplace=True) if index else x)
+        return x
 
 
 class FISA(MaskCLIPDing):  # type: ignore[misc]
@@ -211,8 +218,8 @@ class FISA(MaskCLIPDing):  # type: ignore[misc]
         side = self.config.training_side
         if side and images.shape[-2:] != (side, side):
             images = F.interpolate(images.float(), size=(side, side), mode="bilinear", align_corners=False)
-        normalised: Tensor = self.clip.normalise(images)
-        return normalised
+        prepared: Tensor = super().training_input(images)
+        return prepared
 
     def set_training_classes(self, words: Sequence[str], prompts: Prompts) -> None:
         """The vocabulary that losses are taken on."""

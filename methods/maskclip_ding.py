@@ -41,6 +41,8 @@ class MaskCLIPDing(MaskMethod):
         WeightsError: The CLIP is no ViT.
     """
 
+    POS_INTERP = "bilinear"
+
     def __init__(self, clip: DenseCLIP, config: object = None, *, seed: int = 0) -> None:
         if not isinstance(clip, DenseCLIP):
             raise WeightsError(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
 from ovbench.mask_method import Classified, MaskConfig, Words
 from ovbench.methods.fc_clip import FCCLIP  # type: ignore[import-not-found]
@@ -145,7 +146,7 @@ class SCN(FCCLIP):  # type: ignore[misc]
         c, dim = self.config, clip.embed_dim
         if dim % c.heads or c.class_width % c.class_heads:
             raise UsageError(f"heads must divide {dim}, and class_heads class_width.")
-        channels = dim if hasattr(clip, "blocks") else clip.width
+        channels = dim if isinstance(clip, DenseCLIP) else clip.width  # of the maps of FCCLIP
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.pseudo = PseudoText(channels, dim, c.heads, c.dropout) if c.cd else None

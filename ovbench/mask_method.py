@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.backbones.clip_weights import from_openai_format, load_clip, load_strictly
@@ -89,6 +90,7 @@ class MaskMethod(Method):
     Class attributes:
         POLICIES: Which parameters can be trained; the first is the recipes' own.
         LOSS: Weights of the losses.
+        POS_INTERP: How position embeddings are resized in training; in evaluation the protocol says it.
 
     Args:
         clip: The CLIP.
@@ -105,6 +107,7 @@ class MaskMethod(Method):
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"generator": "grid"}
     POLICIES: ClassVar[tuple[str, ...]] = ()
     LOSS: ClassVar[LossWeights] = LossWeights()
+    POS_INTERP: ClassVar[Literal["size", "bilinear"]] = "size"
     takes_segments: ClassVar[bool] = True  # losses are taken on true segments where the data has them
     FROZEN: ClassVar[tuple[str, ...]] = ("generator.",)
 
@@ -175,7 +178,7 @@ class MaskMethod(Method):
             clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=trained_with != "gelu")
         method = cls(clip, config, seed=seed)
         method._fill({key: value for key, value in state.items() if not key.startswith(_CLIP)}, str(path))
-        method.seen_words = frozenset(about.class_names)
+        method.seen_words = frozenset(name.strip() for name in about.class_names)
         return method.to(device)
 
     def _fill(self, state: dict[str, Tensor], name: str) -> None:
@@ -246,6 +249,7 @@ class MaskMethod(Method):
     def set_training_classes(self, words: Sequence[str], prompts: Prompts) -> None:
         """The vocabulary that :meth:`losses` is taken on."""
         text = embed_words(self.clip, list(words), prompts).clone()  # made in inference mode, which gradients refuse
+        self.clip.pos_interp = self.POS_INTERP  # as the method's own protocol has it
         owner = torch.arange(len(words), device=text.device)
         self._training = Words(text, owner, len(words), self.training_scale, torch.ones_like(owner, dtype=torch.bool))
 
@@ -259,8 +263,8 @@ class MaskMethod(Method):
 
         Args:
             images: (B, 3, H, W), RGB 0..255.
-            labels: (B, H, W), int64, 255 ignored: each class of an image is one segment, where there are no
-            segments: True segments of each image; None takes those of the labels.
+            labels: (B, H, W), int64, 255 ignored.
+            segments: True segments of each image; None makes one of each class that a label shows.
 
         Raises:
             UsageError: :meth:`set_training_classes` was not called.
@@ -281,7 +285,10 @@ class MaskMethod(Method):
         return total
 
     def training_input(self, images: Tensor) -> Tensor:
-        """Crops (B, 3, S, S), RGB 0..255, as :meth:`classify` wants them."""
+        """Crops (B, 3, S, S), RGB 0..255, as :meth:`classify` wants them: normalised, of whole patches."""
+        size = whole_patches((images.shape[-2], images.shape[-1]), self.clip.patch)
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
         return self.clip.normalise(images)
 
     def propose(self, images: Tensor, truth: Sequence[Segments]) -> Tensor:
@@ -324,6 +331,11 @@ class MaskMethod(Method):
     def named(self, *beginnings: str) -> list[str]:
         """Names of the parameters that begin so."""
         return [name for name, _ in self.named_parameters() if name.startswith(beginnings)]
+
+
+def whole_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The nearest size (h, w) in pixels that whole patches cover, so that masks and patches span the same image."""
+    return max(1, round(size[0] / patch)) * patch, max(1, round(size[1] / patch)) * patch
 
 
 def load_encoder(

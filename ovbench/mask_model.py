@@ -17,7 +17,7 @@ from torch import Tensor
 from ovbench.classlist import Classes
 from ovbench.errors import RunError, UsageError
 from ovbench.mask_generators.generator import Proposals
-from ovbench.mask_method import MaskMethod, Words
+from ovbench.mask_method import MaskMethod, Words, whole_patches
 from ovbench.model import OpenVocabModel
 from ovbench.ops.masks import mask_iou, padded, panoptic_ids, resized, semantic_labels
 from ovbench.ops.panoptic import Segments
@@ -104,14 +104,15 @@ class MaskModel(OpenVocabModel):
 
     def vocabulary(self) -> Words:
         """The words as methods want them."""
-        seen = torch.tensor([word in self.method.seen_words for word in self.query_words], device=self.text.device)  # type: ignore[arg-type]
+        known = [word.strip() in self.method.seen_words for word in self.query_words]
+        seen = torch.tensor(known, device=self.text.device)  # type: ignore[arg-type]
         return Words(self.text, self.word_class, self.num_classes, self.protocol.logit_scale, seen)  # type: ignore[arg-type]
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (h, w) of CLIP's input for an image of this size."""
         if self.protocol.square:
             return self.protocol.square, self.protocol.square
-        return max(1, round(size[0] / self.patch)) * self.patch, max(1, round(size[1] / self.patch)) * self.patch
+        return whole_patches(size, self.patch)
 
     def views(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Sizes (h, w) of CLIP's inputs for one image of this size: there is one."""

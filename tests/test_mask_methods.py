@@ -350,6 +350,7 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
     trained_weights.save(path, method.public_state(), about)
     cls = method_class(name)
     again = cls.load(str(path), None, cls.configure({"generator": "grid", **options}))
+    again.clip.pos_interp = method.clip.pos_interp  # in a run the protocol says it
     with torch.inference_mode():
         found = again.classify(images(again.clip), masks(4), vocabulary).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -358,6 +359,27 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
     save_file(state, tmp_path / "less.safetensors", metadata={"ovbench": about.model_dump_json()})
     with pytest.raises(WeightsError, match="does not fit"):
         cls.load(str(tmp_path / "less.safetensors"), None, cls.configure({"generator": "grid", **options}))
+
+
+@pytest.mark.parametrize("name", ["fisa", "scn"])
+def test_training_sees_what_the_methods_protocol_shows(name, weights):
+    """Position embeddings as in evaluation, and crops of whole patches, which masks span as well."""
+    method = build(name, load_clip(weights), **({"training_side": 0} if name == "fisa" else {}))
+    method.set_training_classes(["sky", "road"], Templates(("{}",)))
+    assert method.clip.pos_interp == protocol("paper", method=name).pos_interp
+    assert method.training_input(torch.zeros(1, 3, 70, 90)).shape[-2:] == (64, 96)
+    if name == "fisa":
+        method = build(name, load_clip(weights), training_side=96)
+        assert method.training_input(torch.zeros(1, 3, 70, 90)).shape[-2:] == (96, 96)
+
+
+def test_the_adapter_takes_masks_in_parts(clip):
+    method = perturbed(build("fisa", clip))
+    given = masks(37)
+    with torch.inference_mode():
+        parts = method.adapter(given)
+    torch.testing.assert_close(parts, method.adapter(given).detach(), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(parts, given)
 
 
 def test_trained_parameters_are_the_papers(weights):

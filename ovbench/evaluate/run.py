@@ -262,6 +262,9 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
     )
     _note_trial(state, about)
+    if getattr(model, "needs_truth", False):
+        reasons = state.partial_reason, "an oracle has looked at the labels: an upper bound, no result"
+        state.partial_reason = "; ".join(filter(None, reasons))
     return model, {
         "demo": about is not None and about.demo,
         "protocol": protocol,
