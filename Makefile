@@ -41,7 +41,7 @@ pytest: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 paper-efficiency: $(DEV_STAMP)
-	@$(BIN)/python benchmarks/paper_efficiency.py
+	@$(BIN)/python studies/paper_efficiency.py
 
 format: $(DEV_STAMP)
 	@$(BIN)/ruff check --fix .

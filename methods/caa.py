@@ -29,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ovbench.compat import import_mmseg
 from ovbench.errors import UsageError, unknown_name
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.mm.compat import import_mmseg
 from ovbench.ops.affinity import (
     MAP_ENTRIES,
     affinity_loss,

@@ -1,6 +1,6 @@
 """CAT-Seg: CLIP's similarities of patches and class texts, refined by cost aggregation (Cho et al., arXiv 2303.11797).
 
-Cosine similarities of dense CLIP features with the texts of all classes (:mod:`ovbench.cost_aggregation`) are aggregated in
+Cosine similarities of dense CLIP features with the texts of all classes (:mod:`ovbench.networks.cost_aggregation`) are aggregated in
 space and across classes under guidance of CLIP's features, and brought from 24 x 24 to 96 x 96. Trained on COCO-Stuff
 together with some of CLIP's weights, evaluated on other vocabularies.
 
@@ -22,18 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
-from ovbench.backbones.state_dict import read_state_dict
-from ovbench.cost_aggregation import checkpoint
-from ovbench.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
-from ovbench.cost_aggregation.losses import binary_cross_entropy
-from ovbench.cost_aggregation.policies import ATTENTION, parameter_groups, require_policy
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
-from ovbench.method import Method
-from ovbench.prompts import Prompts
-from ovbench.text import embed_words, encode_tokens
+from ovbench.models.method import Method
+from ovbench.networks.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
+from ovbench.networks.cost_aggregation import checkpoint
+from ovbench.networks.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
+from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
+from ovbench.networks.cost_aggregation.policies import ATTENTION, parameter_groups, require_policy
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.state_dict import read_state_dict
+from ovbench.words.embeddings import embed_words, encode_tokens
+from ovbench.words.prompts import Prompts
 
 METHODS = {
     "cat-seg": {
@@ -91,7 +91,7 @@ class CATSeg(Method):
     Config = CATSegConfig
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
-    MODEL = "ovbench.view_model:ViewModel"
+    MODEL = "ovbench.models.view_averaging:ViewModel"
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {"coco_stuff": COCO_STUFF}
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
     FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import LastBlock
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import LastBlock
 
 METHODS = {
     "clip": {

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ovbench.backbones.encoders import encoder, encoder_config
-from ovbench.closed_set import ClosedSetMethod
-from ovbench.compat import import_mmseg
 from ovbench.errors import unknown_name
 from ovbench.methods import caa, ecac, hosts  # type: ignore[import-not-found]
 from ovbench.methods.caa import CAAConfig  # type: ignore[import-not-found]
 from ovbench.methods.ecac import ECACConfig  # type: ignore[import-not-found]
+from ovbench.mm.compat import import_mmseg
+from ovbench.models.closed_set import ClosedSetMethod
+from ovbench.networks.encoders import encoder, encoder_config
 
 METHODS = {
     "fcn": {
@@ -208,7 +208,7 @@ class Host(ClosedSetMethod):
         class_frequencies: Sequence[int] | None = None,
         weights: str | None = None,
     ) -> dict[str, Any]:
-        """See :meth:`ovbench.closed_set.ClosedSetMethod.model_config`; build it after :func:`register`."""
+        """See :meth:`ovbench.models.closed_set.ClosedSetMethod.model_config`; build it after :func:`register`."""
         head = self.head_config(arch, num_classes, training=training, class_frequencies=class_frequencies)
         network: dict[str, Any] = {
             "type": "EncoderDecoder",
@@ -348,7 +348,7 @@ def register() -> None:
     Raises:
         RunError: mmsegmentation is not installed or broken.
     """
-    from ovbench.backbones import encoder_weights
+    from ovbench.networks import encoder_weights
 
     for module in (encoder_weights, hosts, caa, ecac):
         module.register()

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovbench.backbones.attention import AttentionSource, ClipSource, load_source
-from ovbench.backbones.attention_base import add_attention, between_patches
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
-from ovbench.method import Method, Solver, Stage, Vocabulary
+from ovbench.models.method import Method, Solver, Stage, Vocabulary
+from ovbench.networks.attention import AttentionSource, ClipSource, load_source
+from ovbench.networks.attention_base import add_attention, between_patches
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.discrepancy import SolverConfig, class_posterior, discrepancy_maps
 from ovbench.ops.patch_logits import PatchLogits
 from ovbench.registry import method_class, method_info

@@ -151,7 +151,7 @@ def register() -> type[nn.Module]:
 
     Raises ``RunError`` where mmsegmentation is not installed or broken.
     """
-    from ovbench.compat import import_mmseg
+    from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
     models = mmseg.registry.MODELS

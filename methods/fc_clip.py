@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP, Grid, LastBlock
-from ovbench.mask_method import Classified, MaskMethod, Words
+from ovbench.models.mask_method import Classified, MaskMethod, Words
+from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
 from ovbench.ops.masks import mask_pool
 
 METHODS = {

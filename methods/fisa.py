@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, unknown_name
-from ovbench.mask_method import Classified, MaskConfig, Words
 from ovbench.methods.maskclip_ding import MaskCLIPDing  # type: ignore[import-not-found]
-from ovbench.prompts import Prompts
-from ovbench.text import encode_tokens
+from ovbench.models.mask_method import Classified, MaskConfig, Words
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.words.embeddings import encode_tokens
+from ovbench.words.prompts import Prompts
 
 METHODS = {
     "fisa": {

@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ovbench.backbones import encoders
 from ovbench.errors import UsageError, unknown_name
+from ovbench.networks import encoders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.compat import import_mmseg
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.mm.compat import import_mmseg
 
 Norm = Callable[[int], nn.Module]
 

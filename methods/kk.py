@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import Grid, LastBlock
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import Grid, LastBlock
 
 METHODS = {
     "kk": {

@@ -2,7 +2,7 @@
 
 Three changes to :mod:`ovbench.methods.cat_seg`. Prompts are sentences about size, shape, texture and colour (the protocol's
 ``templates``, ``--prompts lsmseg``). What guides the aggregation is E = w F_clip + (1 - w) F_visual with features of a frozen
-second encoder (:mod:`ovbench.cost_aggregation.fusion`); the costs stay CLIP's. Only the k classes of an image go on whose
+second encoder (:mod:`ovbench.networks.cost_aggregation.fusion`); the costs stay CLIP's. Only the k classes of an image go on whose
 largest cost is highest, A_n = max over positions and prompts of C_n; the others get the logit -100, below all others.
 
 CAT-Seg's public code has such a filter too, at 256 classes. Here it begins at 32, so it works on every vocabulary with more
@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP
-from ovbench.backbones.visual import load_visual
-from ovbench.cost_aggregation.aggregator import AggregatorConfig
-from ovbench.cost_aggregation.filtering import RENORMALISE, kept_labels
-from ovbench.cost_aggregation.fusion import KINDS, Fusion
-from ovbench.cost_aggregation.losses import binary_cross_entropy
 from ovbench.errors import unknown_name
 from ovbench.methods.cat_seg import COCO_STUFF, CATSeg, CATSegConfig  # type: ignore[import-not-found]
+from ovbench.networks.cost_aggregation.aggregator import AggregatorConfig
+from ovbench.networks.cost_aggregation.filtering import RENORMALISE, kept_labels
+from ovbench.networks.cost_aggregation.fusion import KINDS, Fusion
+from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.visual import load_visual
 
 METHODS = {
     "lsmseg": {

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import Grid, LastBlock
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import Grid, LastBlock
 
 METHODS = {
     "maskclip": {

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import WeightsError
-from ovbench.mask_method import Classified, MaskMethod, Words
+from ovbench.models.mask_method import Classified, MaskMethod, Words
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.masks import touched_patches
 
 METHODS = {

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP, Grid, LastBlock
 from ovbench.errors import UsageError
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
 
 METHODS = {
     "naclip": {

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.attention import AttentionSource, ClipSource, load_source
-from ovbench.backbones.dense_clip import DenseCLIP, Grid, LastBlock
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.attention import AttentionSource, ClipSource, load_source
+from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
 
 METHODS = {
     "proxyclip": {

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import DenseCLIP
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import DenseCLIP
 
 METHODS = {
     "sc-clip": {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import Grid, LastBlock
-from ovbench.method import Method
+from ovbench.models.method import Method
+from ovbench.networks.dense_clip import Grid, LastBlock
 
 METHODS = {
     "sclip": {

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
-from ovbench.mask_method import Classified, MaskConfig, Words
 from ovbench.methods.fc_clip import FCCLIP  # type: ignore[import-not-found]
+from ovbench.models.mask_method import Classified, MaskConfig, Words
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.mask_losses import LossWeights
 
 if TYPE_CHECKING:
-    from ovbench.mask_method import Encoder
+    from ovbench.models.mask_method import Encoder
 
 METHODS = {
     "scn": {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.compat import import_mmseg
+from ovbench.mm.compat import import_mmseg
 
 SEED = 0
 

@@ -30,16 +30,16 @@ from ovbench.errors import OvbenchError, OvbenchWarning, UsageError, unknown_nam
 from ovbench.paths import methods_dir, user_path
 
 if TYPE_CHECKING:
-    from ovbench.closed_set import ClosedSetMethod
-    from ovbench.method import Method
+    from ovbench.models.closed_set import ClosedSetMethod
+    from ovbench.models.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
 OPEN_VOCABULARY, MASK_BASED, CLOSED_SET = "open-vocabulary", "mask-based", "closed-set"  # tracks
 # By class of the base, what a method of it must override one of.
 _BASES = {
-    "ovbench.mask_method.MaskMethod": ("classify",),
-    "ovbench.method.Method": ("features", "patch_logits"),
-    "ovbench.closed_set.ClosedSetMethod": ("model_config",),
+    "ovbench.models.mask_method.MaskMethod": ("classify",),
+    "ovbench.models.method.Method": ("features", "patch_logits"),
+    "ovbench.models.closed_set.ClosedSetMethod": ("model_config",),
 }
 ALIASES = {"clip-kk": "kk"}  # names that papers use
 _TOLD = ("summary", "paper", "protocol", "track")
@@ -53,7 +53,7 @@ class MethodInfo:
     Attributes:
         name: Method id of the command line; ``stem:Class`` for a file of one's own, wherever it lies.
         module: Module that holds the class, or the file.
-        cls: Name of the :class:`ovbench.method.Method` subclass in it.
+        cls: Name of the :class:`ovbench.models.method.Method` subclass in it.
         summary: One line for ``ovbench list methods``.
         paper: Authors, title or arXiv number.
         protocol: The preset that ``--protocol paper`` means for this method.
@@ -321,13 +321,15 @@ def _require_method(found: object, info: MethodInfo) -> type:
         UsageError: It is no class, not derived from Method, or does not define what a method must.
     """
     what = f"'{info.cls}' in '{info.module}'"
-    # by name: importing ovbench.method would load torch for everyone who asks for names
+    # by name: importing ovbench.models.method would load torch for everyone who asks for names
     lineage = found.__mro__ if isinstance(found, type) else ()
     bases = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in lineage}
     name = next((name for name in _BASES if name in bases), None)
     if name is None:
-        raise UsageError(f"{what} is not a method: derive it from ovbench.method.Method and override features().")
-    if name.startswith("ovbench.closed_set") != (info.track == CLOSED_SET):
+        raise UsageError(
+            f"{what} is not a method: derive it from ovbench.models.method.Method and override features()."
+        )
+    if name.startswith("ovbench.models.closed_set") != (info.track == CLOSED_SET):
         raise UsageError(f"{what} derives from {name}, but its track is '{info.track}': give the right one in METHODS.")
     cls: type = found  # type: ignore[assignment]
     if all(getattr(cls, wanted) is getattr(bases[name], wanted) for wanted in _BASES[name]):

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from ovbench.sweep.child import _end_with_parent
+from ovbench.evaluate.sweep.child import _end_with_parent
 
 
 def main() -> None:

@@ -72,7 +72,9 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, []  # type: ignore[var-annotated]
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["ovbench.evaluate.session", "ovbench.evaluate.loop", "ovbench.segmentor"])
+        self.context.set_forkserver_preload(
+            ["ovbench.evaluate.session", "ovbench.evaluate.loop", "ovbench.mm.segmentor"]
+        )
 
     def start(
         self, fields: dict[str, Any], *, slow: float = 0.0, env: dict[str, str] | None = None, **options: Any

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("transformers") is None:
     pytest.skip("diffusers is not installed: pip install 'ovbench[sd2]'", allow_module_level=True)
 
-from ovbench.backbones import attention_base, attention_sd2
-from ovbench.backbones.attention import load_source
-from ovbench.backbones.attention_base import add_attention
-from ovbench.backbones.attention_sd2 import Recorder, SD2Source, add_upsampled, fitted
-from ovbench.backbones.attention_sd2_weights import HUB, TEXT, UNET, VAE, load_sd2, random_sd2
 from ovbench.errors import UsageError, WeightsError
+from ovbench.networks import attention_base, attention_sd2
+from ovbench.networks.attention import load_source
+from ovbench.networks.attention_base import add_attention
+from ovbench.networks.attention_sd2 import Recorder, SD2Source, add_upsampled, fitted
+from ovbench.networks.attention_sd2_weights import HUB, TEXT, UNET, VAE, load_sd2, random_sd2
 
 # The published architecture's classes, one level fewer: patch 2, sides are multiples of 8 pixels.
 TINY_UNET: dict[str, Any] = {

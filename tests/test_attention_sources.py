@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from tiny_clip import photo, save_tiny
 from torch import Tensor
 
-from ovbench.backbones.attention import AttentionSource, ClipSource, TransformerSource, load_source, source_names
-from ovbench.backbones.attention_base import to_whole_patches
-from ovbench.backbones.attention_vit import IMAGENET_MEAN, IMAGENET_STD, VITS, ViTSource
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
+from ovbench.networks.attention import AttentionSource, ClipSource, TransformerSource, load_source, source_names
+from ovbench.networks.attention_base import to_whole_patches
+from ovbench.networks.attention_vit import IMAGENET_MEAN, IMAGENET_STD, VITS, ViTSource
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP
 
 GRID = 4  # position grid of the small weight files below
 

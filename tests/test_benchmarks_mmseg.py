@@ -12,7 +12,7 @@ from PIL import Image
 
 from ovbench import benchmarks
 from ovbench.benchmarks.config import read_config
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.errors import DataError
 from ovbench.paths import config_dir
 
@@ -25,7 +25,7 @@ IMAGES = 4
 @pytest.fixture(scope="module")
 def build() -> Any:
     """``readers.build``, imported late: mmseg takes seconds."""
-    from ovbench.benchmarks import readers
+    from ovbench.mm import readers
 
     return readers.build
 

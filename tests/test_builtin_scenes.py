@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ovbench import benchmarks
-from ovbench.builtin import appearances
-from ovbench.builtin.scenes import TRAINING_SEEDS, Variety, appearance_key, known_words, render
 from ovbench.errors import UsageError
+from ovbench.networks.builtin import appearances
+from ovbench.networks.builtin.scenes import TRAINING_SEEDS, Variety, appearance_key, known_words, render
 
 PINNED_MEAN = [167.01, 163.72, 154.15]
 PINNED_SHARES = {
@@ -150,7 +150,7 @@ def test_rendering_is_quick_and_needs_no_torch(run_python: object) -> None:
     for seed in range(30):
         render(STREET, 112, 112, seed)
     assert time.perf_counter() - began < 3.0  # 0.05 s on an idle core
-    code = "import sys, ovbench.builtin.scenes as s; s.render(['sky'], 64, 64, 0); sys.exit('torch' in sys.modules)"
+    code = "import sys, ovbench.networks.builtin.scenes as s; s.render(['sky'], 64, 64, 0); sys.exit('torch' in sys.modules)"
     done = run_python("-c", code)  # type: ignore[operator]
     assert done.returncode == 0, done.stderr
 

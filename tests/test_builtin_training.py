@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ovbench.builtin import corpus, readouts, train
-from ovbench.builtin.corpus import Prompts, Scenes, patch_shares
-from ovbench.builtin.weights import export, load_state_dict, metadata
+from ovbench.networks.builtin import corpus, readouts, train
+from ovbench.networks.builtin.corpus import Prompts, Scenes, patch_shares
+from ovbench.networks.builtin.weights import export, load_state_dict, metadata
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovbench.builtin import appearances, evaluation, readouts
-from ovbench.builtin.corpus import normalise_images
-from ovbench.builtin.scenes import render
-from ovbench.builtin.weights import load_state_dict, metadata, weights_path
 from ovbench.errors import WeightsError
+from ovbench.networks.builtin import appearances, evaluation, readouts
+from ovbench.networks.builtin.corpus import normalise_images
+from ovbench.networks.builtin.scenes import render
+from ovbench.networks.builtin.weights import load_state_dict, metadata, weights_path
 
 HELD_OUT = 1 << 31
 WORDS = [
@@ -62,7 +62,7 @@ def test_the_file_is_small_and_says_how_it_was_made() -> None:
     assert weights_path().stat().st_size <= 12_000_000
     facts = metadata()
     assert int(facts["steps"]) > 0 and int(facts["seconds"]) > 0 and json.loads(facts["loss"])["total"] > 0
-    assert facts["command"].startswith("python -m ovbench.builtin.train") and facts["date"].startswith("20")
+    assert facts["command"].startswith("python -m ovbench.networks.builtin.train") and facts["date"].startswith("20")
     assert f"--seed {facts['seed']}" in facts["command"]
 
 

@@ -13,12 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovbench.errors import UsageError
+from ovbench.measure.counters import count
+from ovbench.measure.parameters import count_parameters
 from ovbench.methods import caa, closed_set, hosts
 from ovbench.methods.caa import CAA, CAAConfig
 from ovbench.ops import affinity
 from ovbench.ops.affinity import affinity_loss, affinity_target, aggregate, class_centers, labels_on_grid
-from ovbench.profile.counters import count
-from ovbench.profile.parameters import count_parameters
 
 SMALL = {"center_channels": 6, "affinity_channels": 5}
 ABLATIONS = {
@@ -43,7 +43,7 @@ def _head(name: str = "fcn", **switches):
     host = hosts.head_config(name, 5, in_channels=(4, 6, 7, 9), channels=8)
     hosts.register()
     caa.register()
-    from ovbench.compat import import_mmseg
+    from ovbench.mm.compat import import_mmseg
 
     return import_mmseg().registry.MODELS.build(caa.head_config(host, **{**SMALL, **switches}))
 

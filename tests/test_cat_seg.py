@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ovbench.backbones.dense_clip import resize_position_embedding
-from ovbench.cost_aggregation import checkpoint
 from ovbench.errors import WeightsError
+from ovbench.models.view_averaging import ViewModel
+from ovbench.networks.cost_aggregation import checkpoint
+from ovbench.networks.dense_clip import resize_position_embedding
 from ovbench.registry import method_class
 from ovbench.spec import protocol
-from ovbench.text import prompts
-from ovbench.view_model import ViewModel
+from ovbench.words.embeddings import prompts
 
 TOLERANCE = {"prob": 2e-5, "logits": 1e-4, "text": 1e-5, "loss": 1e-5}
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ovbench.profile import report
+from ovbench.measure.profile import record as report
 from ovbench.results.record import Efficiency
 
 COMMAND = """

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_clip import save_tiny, tiny_state
 
-from ovbench.backbones.activation import is_quick
-from ovbench.backbones.clip_weights import load_clip, openai_config
 from ovbench.errors import OvbenchWarning, UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
+from ovbench.networks.activation import is_quick
+from ovbench.networks.clip_weights import load_clip, openai_config
 
 
 def test_openai_format_loads_by_itself(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovbench import trained_weights
-from ovbench.closed_set import ClosedSetModel, views_inside
-from ovbench.closed_set_weights import build_network, configured_method, load_network
 from ovbench.errors import UsageError, WeightsError
+from ovbench.models import trained_file as trained_weights
+from ovbench.models.closed_set import ClosedSetModel, views_inside
+from ovbench.models.closed_set_weights import build_network, configured_method, load_network
 from ovbench.spec import RunSpec, protocol
 
 NAMES = ["road", "car", "sky", "tree", "person"]

@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from ovbench.compat import import_mmseg
 from ovbench.errors import UsageError
+from ovbench.measure.counters import count
+from ovbench.measure.parameters import count_parameters
+from ovbench.measure.profile.record import ProfileSpec
+from ovbench.measure.profile.subject import build_subject
 from ovbench.methods import closed_set, ecac, hosts, isnet, segnext
-from ovbench.profile.counters import count
-from ovbench.profile.parameters import count_parameters
-from ovbench.profile.report import ProfileSpec
-from ovbench.profile.subject import build_subject
+from ovbench.mm.compat import import_mmseg
 from ovbench.registry import closed_set_class, method_info
-from ovbench.results.defaults import changed_options
+from ovbench.tables.method_defaults import changed_options
 from ovbench.train.recipe import Recipe
 
 K = 6
@@ -432,7 +432,7 @@ def test_memory_of_two_processes_is_that_of_the_joined_batch(tmp_path):
 # --- plain mmseg configs ---
 
 CONFIG = """
-custom_imports = dict(imports=["ovbench.mmseg_models"])
+custom_imports = dict(imports=["ovbench.mm.heads"])
 norm = dict(type="BN")
 model = dict(
     type="EncoderDecoder",

@@ -18,7 +18,7 @@ def test_prepare_makes_mmseg_importable_and_silent(run_python):
     done = _run(
         run_python,
         """
-        from ovbench.compat import import_mmseg, prepare
+        from ovbench.mm.compat import import_mmseg, prepare
         prepare()
         prepare()
         mmseg = import_mmseg()
@@ -40,7 +40,7 @@ def test_a_compiled_operator_names_itself_only_when_it_is_called(run_python):
     done = _run(
         run_python,
         """
-        from ovbench.compat import prepare
+        from ovbench.mm.compat import prepare
         from ovbench.errors import RunError
         prepare()
         import importlib, inspect, torch
@@ -67,7 +67,9 @@ def test_a_real_extension_is_left_alone(run_python, tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "_ext.py").write_text("real = True\n")
-    code = "from ovbench.compat import _supply_extension; _supply_extension(); import mmcv._ext; print(mmcv._ext.real)"
+    code = (
+        "from ovbench.mm.compat import _supply_extension; _supply_extension(); import mmcv._ext; print(mmcv._ext.real)"
+    )
     done = run_python("-c", code, PYTHONPATH=str(tmp_path))
     assert done.stdout.strip() == "True", done.stderr
 
@@ -90,7 +92,7 @@ def test_without_pkg_resources_and_distutils(run_python):
             del sys.modules[name]
         sys.meta_path.insert(0, Hidden())
 
-        from ovbench.compat import prepare
+        from ovbench.mm.compat import prepare
         prepare()
         import mmengine.config.config as config
         from mmengine.utils.dl_utils import collect_env
@@ -112,7 +114,7 @@ def test_a_base_config_of_mmseg_can_be_named(run_python, tmp_path):
     done = _run(
         run_python,
         f"""
-        from ovbench.compat import prepare
+        from ovbench.mm.compat import prepare
         prepare()
         from mmengine.config import Config
         print(Config.fromfile({str(tmp_path / "config.py")!r}).model.type)
@@ -126,7 +128,7 @@ def test_only_known_warnings_are_silenced(run_python):
         run_python,
         """
         import sys, types, warnings
-        from ovbench.compat import prepare
+        from ovbench.mm.compat import prepare
         prepare()
         def warn_from(module, text, category):
             warnings.warn_explicit(text, category, module + ".py", 1, module=module)
@@ -150,8 +152,8 @@ def test_only_known_warnings_are_silenced(run_python):
 def test_a_missing_mmcv_says_what_to_install(monkeypatch):
     import importlib.util
 
-    from ovbench import compat
     from ovbench.errors import RunError
+    from ovbench.mm import compat
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "mmcv" else real(name))
@@ -160,8 +162,8 @@ def test_a_missing_mmcv_says_what_to_install(monkeypatch):
 
 
 def test_import_names_what_is_broken(monkeypatch):
-    from ovbench import compat
     from ovbench.errors import RunError
+    from ovbench.mm import compat
 
     def broken(name: str):
         raise AssertionError("MMCV==2.2.0 is used but incompatible")
@@ -173,8 +175,8 @@ def test_import_names_what_is_broken(monkeypatch):
 
 
 def test_python_3_14_is_refused(monkeypatch):
-    from ovbench import compat
     from ovbench.errors import RunError
+    from ovbench.mm import compat
 
     monkeypatch.setattr(compat.sys, "version_info", (3, 14, 0))
     with pytest.raises(RunError, match=r"Use Python 3\.10 to 3\.13"):

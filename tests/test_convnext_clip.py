@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_clip import photo
 
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.convnext_clip import ConvNextCLIP, load_convnext_clip
 from ovbench.errors import UsageError, WeightsError
-from ovbench.text import embed_words
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.convnext_clip import ConvNextCLIP, load_convnext_clip
+from ovbench.words.embeddings import embed_words
 
 SIZES = [(64, 64), (96, 160), (101, 75)]
 

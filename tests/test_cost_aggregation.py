@@ -15,19 +15,19 @@ from safetensors.torch import save_file
 from tiny_clip import photo, tiny_state
 from torch import Tensor
 
-from ovbench.backbones.clip_weights import OPENAI_MEAN, OPENAI_STD, from_openai_format
-from ovbench.backbones.dense_clip import DenseCLIP
-from ovbench.cost_aggregation.aggregator import Aggregator, AggregatorConfig, cosine_cost, most_similar
-from ovbench.cost_aggregation.class_attention import ClassTransformer
-from ovbench.cost_aggregation.guidance import MAPS
-from ovbench.cost_aggregation.losses import binary_cross_entropy
-from ovbench.cost_aggregation.swin import SwinPair, shift_mask, unwindowed, windowed
 from ovbench.errors import UsageError, WeightsError
-from ovbench.model import OpenVocabModel
+from ovbench.models.patch_model import OpenVocabModel
+from ovbench.models.view_averaging import ImageViews, ViewModel
+from ovbench.networks.clip_weights import OPENAI_MEAN, OPENAI_STD, from_openai_format
+from ovbench.networks.cost_aggregation.aggregator import Aggregator, AggregatorConfig, cosine_cost, most_similar
+from ovbench.networks.cost_aggregation.class_attention import ClassTransformer
+from ovbench.networks.cost_aggregation.guidance import MAPS
+from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
+from ovbench.networks.cost_aggregation.swin import SwinPair, shift_mask, unwindowed, windowed
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.registry import method_class
 from ovbench.spec import ADDED_LATER, Protocol, RunSpec, protocol
-from ovbench.text import prompts
-from ovbench.view_model import ImageViews, ViewModel
+from ovbench.words.embeddings import prompts
 
 SIZES = AggregatorConfig(
     text_dim=16,

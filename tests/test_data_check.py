@@ -14,10 +14,10 @@ from PIL import Image
 
 from ovbench import benchmarks
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.benchmarks.check import check, quick_check
+from ovbench.benchmarks.check.checking import check, quick_check
+from ovbench.benchmarks.check.outcome import Problem, describe
 from ovbench.benchmarks.layout import Pair
-from ovbench.benchmarks.report import Problem, describe
-from ovbench.benchmarks.synth import MARKER, synth
+from ovbench.benchmarks.synth.copies import MARKER, synth
 from ovbench.errors import DataError, UsageError
 
 ALL = [

@@ -24,10 +24,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ovbench import benchmarks
-from ovbench.benchmarks import facts
+from ovbench.benchmarks import published_files as facts
 from ovbench.benchmarks.download.fetch import fetch
 from ovbench.benchmarks.download.part import WORK, Part
-from ovbench.benchmarks.facts import Dataset, Download
+from ovbench.benchmarks.published_files import Dataset, Download
 from ovbench.cli.data import app
 from ovbench.errors import DataError, Interrupted, RunError, UsageError
 
@@ -316,7 +316,7 @@ def test_killed_and_started_again(server: Server, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from ovbench.benchmarks.download.fetch import fetch\n"
-        "from ovbench.benchmarks.facts import Dataset, Download\n"
+        "from ovbench.benchmarks.published_files import Dataset, Download\n"
         f"d = Dataset(*{('Things', 'https://example.org', 'direct', None, None)!r})\n"
         f"fetch(Download('thing.tar', d, 'x', None, {server.url!r}, None, None, {{}}, None, None), Path({str(tmp_path)!r}))"
     )
@@ -532,7 +532,7 @@ def test_help_has_examples(verb: str) -> None:
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    from ovbench.benchmarks.synth import synth
+    from ovbench.benchmarks.synth.copies import synth
 
     root = synth("voc21", tmp_path / "a", images=3, size=(48, 64))
     arguments = ["fingerprint", "voc21", "--data-root", str(root)]

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from ovbench import benchmarks
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.benchmarks.check import check
+from ovbench.benchmarks.check.checking import check
 from ovbench.benchmarks.layout import Pair
-from ovbench.benchmarks.synth import MARKER, synth
+from ovbench.benchmarks.synth.copies import MARKER, synth
 from ovbench.cli.data import app
 
 ALL = [name for name in benchmarks.names() if benchmarks.get(name).panoptic is None]  # others: test_panoptic_data

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ovbench import benchmarks
 from ovbench.benchmarks import frequencies as module
 from ovbench.benchmarks.frequencies import class_pixels, frequencies, thirds
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.data import app
 from ovbench.errors import DataError, OvbenchWarning, UsageError
 

@@ -23,7 +23,7 @@ from scipy.io import loadmat, savemat
 from typer.testing import CliRunner
 
 from ovbench import benchmarks
-from ovbench.benchmarks.check import check
+from ovbench.benchmarks.check.checking import check
 from ovbench.benchmarks.prepare import prepare
 from ovbench.benchmarks.prepare.ade847 import NUM_OBJECTS, OBJECT_IDS
 from ovbench.benchmarks.prepare.convert import CONTEXT_IDS, run_lengths

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from ovbench import benchmarks
-from ovbench.benchmarks import synth as module
-from ovbench.benchmarks.check import check
+from ovbench.benchmarks.check.checking import check
 from ovbench.benchmarks.frequencies import frequencies, thirds
-from ovbench.benchmarks.synth import MARKER, is_synthetic, known_classes, synth
-from ovbench.benchmarks.synth_classes import SHOWN, number, occurrences
+from ovbench.benchmarks.synth import copies as module
+from ovbench.benchmarks.synth.class_choice import SHOWN, number, occurrences
+from ovbench.benchmarks.synth.copies import MARKER, is_synthetic, known_classes, synth
 from ovbench.errors import DataError, UsageError
 
 ALL = [
@@ -297,7 +297,7 @@ def test_background_is_in_every_long_tailed_image_of_context(tmp_path: Path) -> 
 
 
 def test_seeds_are_held_out_from_training() -> None:
-    from ovbench.builtin.scenes import TRAINING_SEEDS
+    from ovbench.networks.builtin.scenes import TRAINING_SEEDS
 
     for name in ALL:
         val = benchmarks.get(name)

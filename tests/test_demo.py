@@ -12,9 +12,9 @@ from PIL import Image
 
 import ovbench
 from ovbench import benchmarks
-from ovbench.benchmarks.synth import synth
-from ovbench.builtin.scenes import render
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.methods.clip import Clip
+from ovbench.networks.builtin.scenes import render
 
 IMAGES = 8
 # Half of what was measured with the committed weights (docs/demo.md), so that only a fault falls below.

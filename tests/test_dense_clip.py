@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny_clip import photo, save_tiny
 
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP, LastBlock, resize_position_embedding
 from ovbench.errors import UsageError, WeightsError
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP, LastBlock, resize_position_embedding
 
 
 @pytest.fixture(scope="module")

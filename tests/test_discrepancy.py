@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_clip import photo, save_tiny
 
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.cli.app import run_command
 from ovbench.cli.run import choose
 from ovbench.errors import UsageError
-from ovbench.method import Method, Solver
-from ovbench.model import OpenVocabModel
+from ovbench.models.method import Method, Solver
+from ovbench.models.patch_model import OpenVocabModel
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.discrepancy import class_posterior, discrepancy_maps
 from ovbench.ops.jbu import jbu
 from ovbench.registry import method_class, method_names

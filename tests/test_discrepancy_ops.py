@@ -471,8 +471,8 @@ def test_fitting_keeps_a_doubly_stochastic_matrix_and_its_factors() -> None:
 
 
 def test_fitting_real_attention(shared: Path) -> None:
-    from ovbench.backbones.attention import load_source
     from ovbench.benchmarks import get
+    from ovbench.networks.attention import load_source
     from ovbench.pictures import read_rgb
 
     weights = shared / "weights" / "dinov2_vits14_fp16.safetensors"

@@ -169,7 +169,7 @@ def test_every_command_is_one_of_ours(page: str) -> None:
                 spec_of(command.arguments[1:])
             if verb == "sweep" and params["methods"]:
                 from ovbench.cli.sweep import _grids
-                from ovbench.sweep.plan import _combinations, _flags
+                from ovbench.evaluate.sweep.plan import _combinations, _flags
 
                 grids = _grids(
                     None, params["methods"], params["datasets"], params["data_root"], params["demo"],
@@ -318,7 +318,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_runs(
     arguments: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ovbench.benchmarks.synth import synth
+    from ovbench.benchmarks.synth.copies import synth
 
     monkeypatch.chdir(workplace)
     verb, params = parsed(arguments)

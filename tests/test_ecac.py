@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ovbench.errors import UsageError
+from ovbench.measure.counters import count
+from ovbench.measure.parameters import count_parameters
 from ovbench.methods import closed_set, ecac, hosts
 from ovbench.ops import class_context
-from ovbench.profile.counters import count
-from ovbench.profile.parameters import count_parameters
 
 K, WIDTH = 5, 8
 TINY = {
@@ -268,7 +268,7 @@ def test_switches_of_the_ablation_tables():
 def test_mmseg_builds_it_and_trains_it_from_data_samples():
     from mmengine.structures import PixelData
 
-    from ovbench.compat import import_mmseg
+    from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
     ecac.register()

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ovbench.backbones import encoder_weights, encoders
-from ovbench.backbones.encoder_weights import build_encoder, load_encoder
-from ovbench.compat import import_mmseg
 from ovbench.errors import UsageError, WeightsError
+from ovbench.mm.compat import import_mmseg
+from ovbench.networks import encoder_weights, encoders
+from ovbench.networks.encoder_weights import build_encoder, load_encoder
 
 
 def _build(config):
@@ -110,7 +110,7 @@ def test_a_config_is_ones_own():
 
 def test_names_load_neither_torch_nor_mmseg(run_python):
     code = (
-        "from ovbench.backbones import encoders; encoders.encoder_config('swin-b')\n"
+        "from ovbench.networks import encoders; encoders.encoder_config('swin-b')\n"
         "import sys; print({'torch', 'mmseg'} & set(sys.modules))"
     )
     assert run_python("-c", code).stdout.strip() == "set()"

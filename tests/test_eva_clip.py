@@ -19,15 +19,15 @@ from timm.models.eva import Eva
 from tiny_clip import photo
 from torch import nn
 
-from ovbench import trained_weights
-from ovbench.backbones.clip_weights import load_any_clip, load_clip
-from ovbench.backbones.dense_clip import DenseCLIP, resize_position_embedding
-from ovbench.backbones.eva_clip import is_eva, plain_vit
 from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
-from ovbench.mask_method import Words
-from ovbench.mask_model import MaskModel
-from ovbench.model import OpenVocabModel
+from ovbench.models import trained_file
+from ovbench.models.mask_method import Words
+from ovbench.models.mask_model import MaskModel
+from ovbench.models.patch_model import OpenVocabModel
+from ovbench.networks.clip_weights import load_any_clip, load_clip
+from ovbench.networks.dense_clip import DenseCLIP, resize_position_embedding
+from ovbench.networks.eva_clip import is_eva, plain_vit
 from ovbench.registry import method_class
 from ovbench.spec import protocol
 
@@ -276,12 +276,12 @@ def test_a_trained_fisa_on_it_comes_back(clip: DenseCLIP, tmp_path: Path) -> Non
     config = cls.configure({"generator": "grid"})
     method = cls(clip, config)
     moved(method.seve)
-    about = trained_weights.About(
+    about = trained_file.About(
         method="fisa", method_options=method.options(), arch=clip.arch, dataset="coco_stuff", class_names=["sky"],
         training="t", spec_hash="0", iterations=2, planned=2,
     )  # fmt: skip
     path = tmp_path / "trained.safetensors"
-    trained_weights.save(path, method.public_state(), about)
+    trained_file.save(path, method.public_state(), about)
     again = cls.load(str(path), None, config)
     assert (again.clip.arch, again.clip.heads, again.clip.activation) == (ARCH, 3, "gelu")
     text = nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
@@ -292,6 +292,6 @@ def test_a_trained_fisa_on_it_comes_back(clip: DenseCLIP, tmp_path: Path) -> Non
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
     state = dict(method.public_state())
     state.pop("clip_model.visual.proj")
-    trained_weights.save(tmp_path / "less.safetensors", state, about)
+    trained_file.save(tmp_path / "less.safetensors", state, about)
     with pytest.raises(WeightsError, match=r"does not fit tiny-eva.*missing: visual\.proj"):
         cls.load(str(tmp_path / "less.safetensors"), None, config)

@@ -16,7 +16,7 @@ from tiny_clip import save_tiny
 
 import ovbench
 from ovbench import benchmarks
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.errors import DataError, Interrupted, RunError, UsageError
 from ovbench.evaluate.shards import Shard
 from ovbench.results import store

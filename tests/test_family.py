@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import photo, tiny_state
 from torch import Tensor
 
-from ovbench.backbones.attention import AttentionSource
-from ovbench.backbones.attention_vit import ViTSource
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP, LastBlock
 from ovbench.errors import UsageError, WeightsError
-from ovbench.method import Method
 from ovbench.methods import naclip, proxyclip
-from ovbench.model import OpenVocabModel
+from ovbench.models.method import Method
+from ovbench.models.patch_model import OpenVocabModel
+from ovbench.networks.attention import AttentionSource
+from ovbench.networks.attention_vit import ViTSource
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP, LastBlock
 from ovbench.registry import method_class
 from ovbench.spec import protocol
 

@@ -21,15 +21,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovbench import benchmarks, classlist
-from ovbench.benchmarks.check import check
+from ovbench import benchmarks
+from ovbench.benchmarks.check.checking import check
 from ovbench.benchmarks.prepare import prepare, sources
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import OvbenchError, OvbenchWarning
-from ovbench.prompts import descriptions
 from ovbench.results import image_areas, profiles, store
 from ovbench.train import recipe
+from ovbench.words import class_list as classlist
+from ovbench.words.prompts import descriptions
 
 MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 FEW = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)

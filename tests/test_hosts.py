@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ovbench.errors import UsageError
+from ovbench.measure.counters import count
+from ovbench.measure.parameters import count_parameters
 from ovbench.methods import closed_set, hosts
-from ovbench.profile.counters import count
-from ovbench.profile.parameters import count_parameters
 
 GRIDS = hosts.feature_grids("64x64")
 ROWS = {

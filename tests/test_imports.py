@@ -15,21 +15,30 @@ REPO = Path(__file__).resolve().parents[1]
 # From the ground up. A module may import from lower layers and from its own package, nowhere else; the longest name that
 # fits decides. Imports inside functions count as well.
 LAYERS = (
-    ("_version", "errors", "hashing", "paths"),
-    ("compat", "ops", "profile", "pictures", "colours", "classlist", "builtin", "registry", "prompts"),
-    ("spec", "backbones", "mask_generators", "benchmarks", "cost_aggregation"),
-    ("text", "method", "results"),
-    ("windowed", "trained_weights"),
-    ("closed_set", "mask_method"),
-    ("methods", "model", "report", "builtin.train", "builtin.evaluation", "builtin.corpus", "builtin.readouts"),
-    ("mmseg_models", "view_model", "mask_model"),
-    ("closed_set_weights",),
-    ("segmentor",),
-    ("profile.report", "profile.subject", "profile.measure", "profile.job", "profile.launch"),
+    ("errors", "hashing", "paths"),
+    ("mm.compat", "ops", "measure", "pictures", "words.class_list", "networks.builtin", "registry", "words.prompts"),
+    ("spec", "networks", "benchmarks"),
+    ("words", "results"),
+    ("models.method",),
+    ("models.windowed", "models.trained_file"),
+    ("models.closed_set", "models.mask_method"),
+    (
+        "methods",
+        "models.patch_model",
+        "tables",
+        "networks.builtin.train",
+        "networks.builtin.evaluation",
+        "networks.builtin.corpus",
+        "networks.builtin.readouts",
+    ),
+    ("mm.heads", "mm.readers", "mm.panoptic_dataset", "models.view_averaging", "models.mask_model"),
+    ("models.closed_set_weights",),
+    ("mm.segmentor",),
+    ("measure.profile",),
     ("evaluate",),
-    ("train", "sweep"),
+    ("train", "evaluate.sweep"),
     ("cli",),
-    ("__main__", "__init__"),
+    ("__main__", "__init__", "models", "mm"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -39,23 +48,23 @@ NEVER = {
     **dict.fromkeys(
         (
             "ops",
-            "backbones",
-            "mask_generators",
+            "networks",
             "methods",
-            "method",
-            "profile",
-            "text",
-            "model",
-            "windowed",
-            "mask_method",
-            "mask_model",
+            "models.method",
+            "models.windowed",
+            "models.patch_model",
+            "models.view_averaging",
+            "models.mask_method",
+            "models.mask_model",
+            "measure",
+            "words",
         ),
         MM,
     ),
     **dict.fromkeys(
-        ("errors", "paths", "registry", "spec", "results", "report"), MM | {"torch", "torchvision", "open_clip"}
+        ("errors", "paths", "registry", "spec", "results", "tables"), MM | {"torch", "torchvision", "open_clip"}
     ),
-    "builtin.scenes": MM | {"torch", "torchvision", "open_clip"},
+    "networks.builtin.scenes": MM | {"torch", "torchvision", "open_clip"},
 }
 
 
@@ -114,9 +123,9 @@ def test_imports_point_down(module, path):
     [
         ("ops.windows", "import mmseg.models", "must not import mmseg"),
         ("ops.windows", "def f():\n    from cv2 import resize", "must not import cv2"),
-        ("results.table", "import torch", "must not import torch"),
-        ("results.table", "from ovbench.evaluate import run", "imports point down"),
-        ("backbones.dense_clip", "from ovbench import segmentor", "imports point down"),
+        ("tables.runs", "import torch", "must not import torch"),
+        ("tables.runs", "from ovbench.evaluate import run", "imports point down"),
+        ("networks.dense_clip", "from ovbench.mm import segmentor", "imports point down"),
         ("evaluate.loop", "from ovbench.cli.console import say", "imports point down"),
     ],
 )
@@ -126,18 +135,21 @@ def test_the_rule_finds_what_it_forbids(module, source, found):
 
 def test_an_import_for_types_only_is_allowed():
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    from ovbench.cli import main"
-    assert list(_problems("results.table", ast.parse(source))) == []
+    assert list(_problems("tables.runs", ast.parse(source))) == []
 
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
         ("ovbench, ovbench.errors, ovbench.registry, ovbench.spec", {"torch", "open_clip", "numpy", "pandas", *MM}),
-        ("ovbench.results.table, ovbench.results.render, ovbench.results.store", {"torch", "open_clip", "pandas", *MM}),
+        ("ovbench.tables.runs, ovbench.tables.render, ovbench.results.store", {"torch", "open_clip", "pandas", *MM}),
         ("ovbench.benchmarks", {"torch", "open_clip", *MM}),
         ("ovbench.cli.app", {"torch", "open_clip", "pandas", *MM}),
-        ("ovbench.ops, ovbench.profile.flops, ovbench.profile.timing, ovbench.profile.environment", MM),
-        ("ovbench.model, ovbench.text, ovbench.backbones.dense_clip, ovbench.backbones.clip_weights", MM),
+        ("ovbench.ops, ovbench.measure.flops, ovbench.measure.timing, ovbench.measure.environment", MM),
+        (
+            "ovbench.models.patch_model, ovbench.words.embeddings, ovbench.networks.dense_clip, ovbench.networks.clip_weights",
+            MM,
+        ),
     ],
 )
 def test_what_an_import_loads(run_python, modules, heavy):

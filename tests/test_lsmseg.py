@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from tiny_clip import photo, tiny_state
 from torch import Tensor
 
-from ovbench.backbones.clip_weights import from_openai_format
-from ovbench.backbones.dense_clip import DenseCLIP
-from ovbench.backbones.sam import SAMS, SamRecipe, SamSizes
-from ovbench.cost_aggregation.aggregator import cosine_cost, most_similar
-from ovbench.cost_aggregation.filtering import kept_labels, rescaled
-from ovbench.cost_aggregation.fusion import KINDS, Fusion
 from ovbench.errors import UsageError, WeightsError
 from ovbench.methods.cat_seg import _as_published
+from ovbench.models.view_averaging import ViewModel
+from ovbench.networks.clip_weights import from_openai_format
+from ovbench.networks.cost_aggregation.aggregator import cosine_cost, most_similar
+from ovbench.networks.cost_aggregation.filtering import kept_labels, rescaled
+from ovbench.networks.cost_aggregation.fusion import KINDS, Fusion
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.sam import SAMS, SamRecipe, SamSizes
 from ovbench.registry import method_class, method_info
 from ovbench.spec import protocol
-from ovbench.text import prompts
-from ovbench.view_model import ViewModel
+from ovbench.words.embeddings import prompts
 
 TINY_SAM = SamSizes(hidden=24, layers=4, heads=2, globals_at=(1, 2, 3), mlp=48, patch=16, window=3, grid=8)
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "window": 4, "grid": 8, "pad_len": 6}

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tiny_clip import photo
 from torch import Tensor
 
-from ovbench.mask_generators.cache import CachedGenerator
-from ovbench.mask_generators.generator import MaskGenerator, Proposals
-from ovbench.mask_generators.grid import Grid
-from ovbench.mask_generators.load import load_generator
-from ovbench.mask_generators.oracle import NoisyOracle
+from ovbench.networks.mask_generators.cache import CachedGenerator
+from ovbench.networks.mask_generators.generator import MaskGenerator, Proposals
+from ovbench.networks.mask_generators.grid import Grid
+from ovbench.networks.mask_generators.load import load_generator
+from ovbench.networks.mask_generators.oracle import NoisyOracle
 
 
 class Counting(MaskGenerator):
@@ -149,8 +149,8 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     """Both write and evict at once; each gets the right masks."""
     code = (
         "import sys, torch; from pathlib import Path\n"
-        "from ovbench.mask_generators.cache import CachedGenerator\n"
-        "from ovbench.mask_generators.grid import Grid\n"
+        "from ovbench.networks.mask_generators.cache import CachedGenerator\n"
+        "from ovbench.networks.mask_generators.grid import Grid\n"
         "plain = Grid(regions=0, levels=1)\n"
         "cached = CachedGenerator(plain, Path(sys.argv[1]), 300_000)\n"
         "images = [torch.full((3, 24 + size, 40), size, dtype=torch.uint8) for size in range(8)]\n"

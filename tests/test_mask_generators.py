@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import photo
 from torch import Tensor
 
-from ovbench.builtin.scenes import render
 from ovbench.errors import UsageError, WeightsError
-from ovbench.mask_generators import mask2former_weights
-from ovbench.mask_generators.generator import truth_masks
-from ovbench.mask_generators.grid import Grid, rectangles
-from ovbench.mask_generators.load import MASK2FORMERS, generator_names, load_generator
-from ovbench.mask_generators.mask2former import Mask2Former, without_padding
-from ovbench.mask_generators.mask2former_weights import RECIPES, Recipe, load_mask2former, random_mask2former
-from ovbench.mask_generators.oracle import NoisyOracle, Oracle
-from ovbench.mask_generators.regions import colour_regions, merge_tree
+from ovbench.networks.builtin.scenes import render
+from ovbench.networks.mask_generators import mask2former_weights
+from ovbench.networks.mask_generators.generator import truth_masks
+from ovbench.networks.mask_generators.grid import Grid, rectangles
+from ovbench.networks.mask_generators.load import MASK2FORMERS, generator_names, load_generator
+from ovbench.networks.mask_generators.mask2former import Mask2Former, without_padding
+from ovbench.networks.mask_generators.mask2former_weights import RECIPES, Recipe, load_mask2former, random_mask2former
+from ovbench.networks.mask_generators.oracle import NoisyOracle, Oracle
+from ovbench.networks.mask_generators.regions import colour_regions, merge_tree
 
 transformers = pytest.importorskip("transformers")
 BACKBONE = {"model_type": "swin", "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}

@@ -8,18 +8,18 @@ import pytest
 import torch
 from tiny_clip import photo, save_tiny
 
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import RunError, UsageError, WeightsError
-from ovbench.mask_generators.generator import Proposals
-from ovbench.mask_method import MaskMethod, Words
-from ovbench.mask_model import MaskModel
+from ovbench.models.mask_method import MaskMethod, Words
+from ovbench.models.mask_model import MaskModel
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.mask_generators.generator import Proposals
 from ovbench.ops.masks import NOWHERE
 from ovbench.ops.panoptic import Segments, quality, segments_of_labels
 from ovbench.registry import MASK_BASED, method_class, method_info, method_names
 from ovbench.spec import protocol
-from ovbench.text import Templates
-from ovbench.train.subject import choose_parameters
+from ovbench.train.network import choose_parameters
+from ovbench.words.embeddings import Templates
 
 CLASSES = ["sky", ["road", "street"], "car", "person"]
 NAMES = method_names(MASK_BASED)
@@ -301,7 +301,7 @@ POLICIES.append(("scn", "heads"))
 def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, policy, weights, tmp_path):
     from safetensors.torch import save_file
 
-    from ovbench import trained_weights
+    from ovbench.models import trained_file as trained_weights
 
     pytest.importorskip("scipy")
     options = {"lora_rank": 4} if policy == "lora" else {}
@@ -399,8 +399,8 @@ def test_trained_parameters_are_the_papers(weights):
 
 
 def test_the_generator_is_trained_where_the_policy_says_so(weights, tmp_path, monkeypatch):
-    from ovbench import trained_weights
-    from ovbench.mask_generators import mask2former_weights
+    from ovbench.models import trained_file as trained_weights
+    from ovbench.networks.mask_generators import mask2former_weights
 
     pytest.importorskip("scipy")
     pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ovbench
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import UsageError
 from ovbench.results.record import RunRecord

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovbench.mask_model import example_masks, oracle_classes
+from ovbench.models.mask_model import example_masks, oracle_classes
 from ovbench.ops.mask_losses import LossWeights, bce_cost, coverage, dice_cost, mask_losses, match, without_crowds
 from ovbench.ops.masks import (
     NOWHERE,

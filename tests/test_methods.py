@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_clip import photo, save_tiny
 
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import RunError, UsageError
-from ovbench.method import Method
-from ovbench.model import OpenVocabModel, build_model
+from ovbench.models.method import Method
+from ovbench.models.patch_model import OpenVocabModel, build_model
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.registry import method_class, method_info, method_names
 from ovbench.spec import protocol
 

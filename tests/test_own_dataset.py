@@ -15,11 +15,12 @@ from tiny_clip import photo, save_tiny
 from tutorial import blocks, follow
 
 import ovbench
-from ovbench import benchmarks, classlist
-from ovbench.benchmarks.check import check
+from ovbench import benchmarks
+from ovbench.benchmarks.check.checking import check
 from ovbench.cli.app import run_command
 from ovbench.errors import DataError, OvbenchError, UsageError
 from ovbench.results import store
+from ovbench.words import class_list
 
 CLASSES = "# what is to be seen\nbackground: sky, grass\ncat\n\ndog: puppy, cat and dog\n"
 
@@ -63,7 +64,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_lines_of_a_class_list(line: str, name: str, words: list[str]) -> None:
-    [entry] = classlist.parse_lines(f"# comment\n\n{line}\n")
+    [entry] = class_list.parse_lines(f"# comment\n\n{line}\n")
     assert (entry.name, list(entry.words)) == (name, words)
 
 
@@ -81,16 +82,16 @@ def test_wrong_class_lists_are_explained(tmp_path: Path, content: bytes, message
     path = tmp_path / "list.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        classlist.read(str(path))
+        class_list.read(str(path))
 
 
 def test_class_lists_in_the_command_line(tmp_path: Path) -> None:
-    assert [entry.name for entry in classlist.read("road, car,sky")] == ["road", "car", "sky"]
+    assert [entry.name for entry in class_list.read("road, car,sky")] == ["road", "car", "sky"]
     assert (
-        classlist.read(", ".join(f"word {i}" for i in range(500)))[499].name == "word 499"
+        class_list.read(", ".join(f"word {i}" for i in range(500)))[499].name == "word 499"
     )  # no file name is that long
     (tmp_path / "bom.txt").write_bytes("sky\n".encode("utf-8-sig"))
-    assert classlist.read(str(tmp_path / "bom.txt"))[0].name == "sky"
+    assert class_list.read(str(tmp_path / "bom.txt"))[0].name == "sky"
 
 
 def test_a_folder_is_a_benchmark(mydata: Path) -> None:
@@ -128,7 +129,7 @@ def test_zero_may_mean_unlabelled(tmp_path: Path) -> None:
 
 
 def test_mmseg_reads_the_folder(mydata: Path) -> None:
-    from ovbench.benchmarks.readers import build
+    from ovbench.mm.readers import build
 
     found = benchmarks.get(str(mydata))
     dataset = build(found, mydata, short_side=30)

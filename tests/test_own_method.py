@@ -17,7 +17,7 @@ from tiny_clip import photo, save_tiny
 from tutorial import blocks, follow
 
 import ovbench
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import RunError, UsageError
 from ovbench.registry import method_class, method_info, own_frame
@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from ovbench.backbones.dense_clip import LastBlock
-from ovbench.method import Method
+from ovbench.networks.dense_clip import LastBlock
+from ovbench.models.method import Method
 
 METHODS = {"anything": {"cls": "Mine", "summary": "mine", "paper": "me", "protocol": "naclip"}}
 
@@ -129,7 +129,7 @@ def test_it_gives_what_the_same_method_of_ovbench_gives(own: Path, weights: str)
         ("./folder:Mine", None, r"'\./folder' is a folder"),
         ("folder/my_method.py", None, r"Which class of 'folder/my_method\.py'.*my_method\.py:"),
         ("folder/my_method.py:Mime", None, r"Unknown class 'Mime'\. Did you mean: Mine\?.*folder/my_method\.py"),
-        ("folder/my_method.py:Other", None, r"'Other' .*is not a method: derive it from ovbench\.method\.Method"),
+        ("folder/my_method.py:Other", None, r"'Other' .*is not a method: derive it from ovbench\.models\.method\.Method"),
         ("folder/my_method.py:number", None, r"'number' .*is not a method"),
         ("folder/my_method.py:Method", None, r"'Method' .*does not override features\(\)"),
         ("folder/my_method.py:Bare", None, r"'Bare' .*does not override features\(\)"),
@@ -192,7 +192,7 @@ def test_a_dumped_config_builds_the_method(own: Path, weights: str) -> None:
 
     from ovbench.evaluate.config import dump_config
     from ovbench.evaluate.run import RunOptions
-    from ovbench.segmentor import MODELS
+    from ovbench.mm.segmentor import MODELS
     from ovbench.spec import RunSpec
 
     data = synth("voc20", Path("data"), images=2)
@@ -243,7 +243,7 @@ def test_a_package_registers_a_method(
     assert record["spec"]["method"] == "their-method"
     assert record["spec"]["method_options"] == {"scale": 1.0, "source_sha256": hashlib.sha256(OWN.encode()).hexdigest()}
     code = (
-        "from ovbench.segmentor import MODELS; from ovbench import build_segmentor\n"
+        "from ovbench.mm.segmentor import MODELS; from ovbench import build_segmentor\n"
         f"seg = build_segmentor('their-method', weights={weights!r}, classes=['a'], templates='plain')\n"
         "assert type(seg.model.method).__name__ == 'Mine' and MODELS.get('their-method') is not None"
     )

@@ -18,8 +18,8 @@ from tiny_clip import save_tiny
 
 import ovbench
 from ovbench import benchmarks
-from ovbench.benchmarks.check import check, quick_check
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.check.checking import check, quick_check
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.errors import DataError, Interrupted, UsageError
 from ovbench.ops.panoptic import Segments, quality
 from ovbench.results import image_areas, store
@@ -119,7 +119,7 @@ def test_the_fingerprint_follows_the_json(copies: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readers_give_the_segments_of_the_files(name: str, copies: Path) -> None:
-    from ovbench.benchmarks import readers
+    from ovbench.mm import readers
 
     benchmark, root = benchmarks.get(name), benchmarks.get(name).resolve_root(copies)
     assert benchmark.panoptic is not None
@@ -270,7 +270,7 @@ def test_a_missing_json_and_semantic_labels_are_found(copies: Path, tmp_path: Pa
 
 
 def test_ade20k_is_scored_with_the_areas_of_its_json(copies: Path, tmp_path: Path) -> None:
-    from ovbench.benchmarks import readers
+    from ovbench.mm import readers
 
     benchmark = benchmarks.get("ade20k_panoptic")
     shutil.copytree(copies / "ade20k_panoptic", tmp_path / "copy")

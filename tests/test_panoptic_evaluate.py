@@ -13,7 +13,7 @@ from ovbench.evaluate.shard_lines import ImageResult
 from ovbench.evaluate.shards import Shard
 from ovbench.ops.areas import Areas
 from ovbench.ops.panoptic import Quality, Segments, quality
-from ovbench.results.panoptic import PanopticMetrics, panoptic_from_sums
+from ovbench.results.panoptic_quality import PanopticMetrics, panoptic_from_sums
 from ovbench.results.record import Metrics, metrics_from_areas
 
 K = 4
@@ -49,7 +49,7 @@ def example() -> Segments:
 
 
 def sample(name: str, **data: Any) -> Any:
-    from ovbench.segmentor import PixelData, SegDataSample
+    from ovbench.mm.segmentor import PixelData, SegDataSample
 
     found = SegDataSample(metainfo={"img_path": name, "ori_shape": (3, 4)})
     labels = data.pop("labels", None)
@@ -60,7 +60,7 @@ def sample(name: str, **data: Any) -> Any:
 
 
 def test_the_adapter_hands_truths_over_and_sets_segments() -> None:
-    from ovbench.segmentor import OpenVocabSegmentor
+    from ovbench.mm.segmentor import OpenVocabSegmentor
 
     model, truth = Oracle(), example()
     segmentor = OpenVocabSegmentor(model=model)

@@ -10,10 +10,10 @@ import pytest
 
 from ovbench.results import store
 from ovbench.results.measured import of_record
-from ovbench.results.panoptic import panoptic_from_sums
-from ovbench.results.paper import arrange
+from ovbench.results.panoptic_quality import panoptic_from_sums
 from ovbench.results.record import RunRecord
-from ovbench.results.table import table
+from ovbench.tables.paper import arrange
+from ovbench.tables.runs import table
 
 FISA = {"method": "fisa", "spec": {"arch": "ViT-L-14-336", "protocol": {"name": "common"}}}
 PQ = panoptic_from_sums(("sky", "road"), [1], [1.5, 0.7], [2, 1], [1, 0], [0, 2])

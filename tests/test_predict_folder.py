@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from tiny_clip import photo, save_tiny
 
-from ovbench import colours, pictures
+from ovbench import pictures
+from ovbench.benchmarks import colours
 from ovbench.cli.app import run_command
 from ovbench.cli.inputs import gather
 from ovbench.errors import DataError, UsageError
@@ -114,7 +115,7 @@ def test_results_are_no_pictures(photos: Path) -> None:
 def test_a_folder_and_more(
     photos: Path, classes: list[str], weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ovbench import model
+    from ovbench.models import patch_model as model
 
     built = []
     build = model.build_model

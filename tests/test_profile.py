@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ovbench.profile import environment as env
-from ovbench.profile import flops, timing
+from ovbench.measure import environment as env
+from ovbench.measure import flops, timing
 
 N, D, HEADS = 197, 768, 12
 ATTENTION = 2 * N * N * D  # MAC of all heads: queries with keys, weights with values
@@ -148,7 +148,7 @@ def test_peak_memory_sees_an_allocation_and_can_be_reset(run_python):
     """In a fresh process: one that ran other tests takes the block from memory that it already holds."""
     code = """
 import torch
-from ovbench.profile import timing
+from ovbench.measure import timing
 assert timing.reset_peak_memory()
 before, kind = timing.peak_memory()
 block = torch.ones(64 * 2**20 // 4)
@@ -212,7 +212,7 @@ def checkout(tmp_path, monkeypatch):
         command = ["git", *identity, "-C", str(cwd), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    module = tmp_path / "ovbench" / "profile" / "environment.py"
+    module = tmp_path / "ovbench" / "measure" / "environment.py"
     module.parent.mkdir(parents=True)
     module.write_text("")
     (tmp_path / "pyproject.toml").write_text("")
@@ -239,7 +239,7 @@ def test_variables_of_another_repository_do_not_mislead(checkout, tmp_path, monk
 
 
 def test_an_installed_copy_does_not_report_the_repository_around_it(checkout, tmp_path, monkeypatch):
-    inside = tmp_path / "venv" / "ovbench" / "profile" / "environment.py"
+    inside = tmp_path / "venv" / "ovbench" / "measure" / "environment.py"
     monkeypatch.setattr(env, "__file__", str(inside))
     assert env.git_state() == {
         "git_commit": None, "git_dirty": None, "git_reason": "ovbench is an installed copy, not a git checkout",

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ovbench.backbones.clip_weights import load_clip
 from ovbench.errors import UsageError
-from ovbench.profile.conventions import CONVENTIONS, COUNTED, NOT_COUNTED
-from ovbench.profile.counters import count
-from ovbench.profile.parameters import by_part, count_parameters
+from ovbench.measure.conventions import CONVENTIONS, COUNTED, NOT_COUNTED
+from ovbench.measure.counters import count
+from ovbench.measure.parameters import by_part, count_parameters
+from ovbench.networks.clip_weights import load_clip
 
 
 def _macs(fn, convention: str) -> float:

@@ -8,9 +8,10 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from ovbench.errors import DataError, RunError, UsageError
-from ovbench.profile import launch, report
-from ovbench.profile.report import ProfileRecord, ProfileSpec
-from ovbench.profile.samples import summary
+from ovbench.measure.profile import launch
+from ovbench.measure.profile import record as report
+from ovbench.measure.profile.record import ProfileRecord, ProfileSpec
+from ovbench.measure.samples import summary
 from ovbench.results.record import Efficiency
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ovbench.profile import samples as statistics
-from ovbench.profile import sampling
-from ovbench.profile.timing import Stopwatch
+from ovbench.measure import samples as statistics
+from ovbench.measure import sampling
+from ovbench.measure.timing import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,7 @@ def test_free_memory_is_below_all_memory():
     free = sampling.free_memory_mib()
     if free is None:
         pytest.skip("this system does not tell")
-    from ovbench.profile.environment import environment
+    from ovbench.measure.environment import environment
 
     assert 0 < free < environment()["ram_gib"] * 1024
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ovbench.errors import UsageError
-from ovbench.method import random_backbones
+from ovbench.measure import sampling
+from ovbench.measure.profile.figures import measure
+from ovbench.measure.profile.record import ProfileSpec
+from ovbench.measure.profile.subject import build_subject
 from ovbench.methods.proxyclip import ProxyCLIP
-from ovbench.profile import sampling
-from ovbench.profile.measure import measure
-from ovbench.profile.report import ProfileSpec
-from ovbench.profile.subject import build_subject
+from ovbench.models.method import random_backbones
 from ovbench.spec import protocol
 
 
@@ -133,8 +133,8 @@ import sys
 for name in ("mmseg", "mmengine", "mmcv", "cv2"):
     sys.modules[name] = None
 import json
-from ovbench.profile.job import profile_here
-from ovbench.profile.report import ProfileSpec
+from ovbench.measure.profile.job import profile_here
+from ovbench.measure.profile.record import ProfileSpec
 from ovbench.registry import method_class, method_names
 from ovbench.spec import protocol
 done = []

@@ -19,14 +19,15 @@ import torch
 from tiny_clip import save_tiny
 from tutorial import follow
 
-from ovbench import benchmarks, text
-from ovbench.backbones.clip_weights import load_clip
+from ovbench import benchmarks
 from ovbench.cli.app import run_command
 from ovbench.errors import DataError, RunError, UsageError
-from ovbench.prompts import ATTRIBUTES, DEFAULT_ATTRIBUTES, check, described, read, sentence, shipped
-from ovbench.prompts import descriptions as files
-from ovbench.prompts.chat import Chat
-from ovbench.prompts.generate import generate
+from ovbench.networks.clip_weights import load_clip
+from ovbench.words import embeddings as text
+from ovbench.words.prompts import ATTRIBUTES, DEFAULT_ATTRIBUTES, check, described, read, sentence, shipped
+from ovbench.words.prompts import descriptions as files
+from ovbench.words.prompts.chat import Chat
+from ovbench.words.prompts.generate import generate
 
 DATA = sorted((Path(__file__).resolve().parents[1] / "dataset_configs" / "prompts" / "lsmseg").glob("*.json"))
 

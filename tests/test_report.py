@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from ovbench.cli.report import report as command
 from ovbench.errors import DataError
-from ovbench.report import charts, page
-from ovbench.report.entries import entries
-from ovbench.report.markup import Markup, element, raw
-from ovbench.report.pictures import embedded
 from ovbench.results import store
 from ovbench.results.measured import of_record
-from ovbench.results.pareto import Point
 from ovbench.results.record import metrics_from_areas
+from ovbench.tables.pareto import Point
+from ovbench.tables.report import charts, page
+from ovbench.tables.report.entries import entries
+from ovbench.tables.report.markup import Markup, element, raw
+from ovbench.tables.report.pictures import embedded
 
 EVIL = "<script>window.evil=1</script><img src=x onerror=window.evil=1>\"'&"
 FORWARDS = "1x3x224x224, one forward; the first image takes 6"

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from ovbench.errors import DataError, UsageError
-from ovbench.results import bootstrap, image_areas, pareto, store
+from ovbench.results import bootstrap, image_areas, store
 from ovbench.results.compare import compare, find
 from ovbench.results.image_areas import ImageAreas
 from ovbench.results.record import metrics_from_areas
+from ovbench.tables import pareto
 
 NAMES = ("sky", "road", "sea", "sun")
 

@@ -10,10 +10,11 @@ from datetime import datetime, timezone
 import pytest
 
 from ovbench.errors import DataError
-from ovbench.results import profiles, render, render_markup
+from ovbench.results import profiles
 from ovbench.results.measured import of_record
-from ovbench.results.paper import RULE, arrange
-from ovbench.results.published import tables
+from ovbench.tables import render, render_markup
+from ovbench.tables.paper import RULE, arrange
+from ovbench.tables.published import tables
 
 EIGHT = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 
@@ -148,7 +149,7 @@ def test_no_mean_over_runs_of_different_settings(run):
 
 
 def test_rows_say_why_they_have_no_number_of_ours(run, monkeypatch):
-    from ovbench.results import paper
+    from ovbench.tables import paper
 
     # the paper's own methods may be built or not
     monkeypatch.setattr(paper, "method_names", lambda *_: ["clip", "sc-clip", "discrepancy-op"])
@@ -219,7 +220,7 @@ def test_no_difference_is_taken_across_machines(run):
     ("gpu", "same"), [("NVIDIA L40", True), ("NVIDIA L40S", False), ("NVIDIA A40", False), (None, False)]
 )
 def test_machines_are_recognised_by_whole_words(run, gpu, same):
-    from ovbench.results.match import same_machine
+    from ovbench.tables.match import same_machine
 
     assert same_machine("L40", of_record(run(environment_fields={"gpu": gpu}))) is same
 
@@ -364,7 +365,7 @@ def test_a_file_that_is_no_profile_is_named(head, tmp_path):
 
 def test_what_ovbench_profile_stores_can_be_read(head):
     """Every field that tables read is one that a profile has."""
-    report = pytest.importorskip("ovbench.profile.report")
+    report = pytest.importorskip("ovbench.measure.profile.record")
     known = set(report.ProfileSpec.model_fields)
     assert {
         "method",

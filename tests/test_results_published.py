@@ -7,10 +7,10 @@ import re
 import pytest
 
 from ovbench.errors import UsageError
-from ovbench.results import published
-from ovbench.results.defaults import changed_options
 from ovbench.results.measured import metric
-from ovbench.results.paper import arrange
+from ovbench.tables import published
+from ovbench.tables.method_defaults import changed_options
+from ovbench.tables.paper import arrange
 
 
 def test_our_copy_is_the_shared_file_plus_listed_corrections(shared):
@@ -118,7 +118,7 @@ def test_an_ablation_without_a_rule_fits_nothing():
 
 def test_encoders_of_the_thesis_are_ours():
     """Every printed backbone beside a closed-set method of ours is an encoder, but for the one that we lack."""
-    from ovbench.backbones.encoders import encoder_names
+    from ovbench.networks.encoders import encoder_names
 
     ours = {published.plain_arch(name) for name in encoder_names()}
     printed = {
@@ -155,8 +155,8 @@ def test_rules_name_methods_options_presets_and_fields_that_there_are():
     from dataclasses import fields
 
     from ovbench.registry import closed_set_class, method_class, method_info
-    from ovbench.results.match import TRAINED_ON, TRAINING_OVERRIDES
     from ovbench.spec import Protocol, protocol_names
+    from ovbench.tables.match import TRAINED_ON, TRAINING_OVERRIDES
 
     for entry in published.numbers():
         want = published.wanted(entry)

@@ -36,7 +36,7 @@ def test_metrics_follow_from_areas_by_hand():
 def test_metrics_agree_with_mmseg_where_it_rounds(run_python):
     """The same areas through mmseg's own function, which averages with nan for absent classes."""
     code = """
-from ovbench.compat import prepare
+from ovbench.mm.compat import prepare
 prepare()
 import json, torch
 from mmseg.evaluation import IoUMetric
@@ -193,6 +193,6 @@ def test_every_figure_in_the_schema_says_its_unit():
 
 
 def test_the_environment_of_this_machine_fits_the_record():
-    from ovbench.profile.environment import environment
+    from ovbench.measure.environment import environment
 
     assert Environment(**environment("cpu")).device == "cpu"

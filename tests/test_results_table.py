@@ -7,8 +7,8 @@ import json
 import pytest
 
 from ovbench.errors import UsageError
-from ovbench.results import render
-from ovbench.results.table import FIGURES, table
+from ovbench.tables import render
+from ovbench.tables.runs import FIGURES, table
 
 
 def _values(section):

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from tiny_clip import photo
 from torch import Tensor
 
-from ovbench.backbones import sam, visual
-from ovbench.backbones.sam import SAMS, SamEncoder, SamRecipe, SamSizes, load_sam, random_sam
-from ovbench.backbones.visual import load_visual
 from ovbench.errors import UsageError, WeightsError
+from ovbench.networks import sam, visual
+from ovbench.networks.sam import SAMS, SamEncoder, SamRecipe, SamSizes, load_sam, random_sam
+from ovbench.networks.visual import load_visual
 
 transformers = pytest.importorskip("transformers")
 TINY = SamSizes(hidden=32, layers=6, heads=2, globals_at=(0, 2, 3, 5), mlp=64, patch=8, window=3, grid=8)

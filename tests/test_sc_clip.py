@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_clip import photo, save_tiny
 
-from ovbench.backbones.clip_weights import load_clip
 from ovbench.methods.sc_clip import (
     SCCLIP,
     SCClipConfig,
@@ -19,6 +18,7 @@ from ovbench.methods.sc_clip import (
     repair,
     similarity_attention,
 )
+from ovbench.networks.clip_weights import load_clip
 
 
 def brute_force_lof(points: torch.Tensor, k: int) -> torch.Tensor:

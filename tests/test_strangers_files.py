@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 
 from ovbench import benchmarks, paths, registry
-from ovbench.backbones.state_dict import read_state_dict
 from ovbench.benchmarks import own
 from ovbench.cli.app import run_command
 from ovbench.errors import DataError, OvbenchWarning, UsageError, WeightsError
 from ovbench.evaluate.verify import Given, spec_again
+from ovbench.models.trained_file import options_again
+from ovbench.networks.state_dict import read_state_dict
 from ovbench.pictures import read_rgb
-from ovbench.trained_weights import options_again
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -129,7 +129,7 @@ def method_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     path.write_text(
         "import pathlib\n"
         f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
-        "from ovbench.method import Method\n"
+        "from ovbench.models.method import Method\n"
         "class Mine(Method):\n"
         "    def features(self, images):\n"
         "        return images\n"

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 import ovbench
 from ovbench import benchmarks
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import Interrupted, OvbenchWarning, RunError
 from ovbench.evaluate import shards

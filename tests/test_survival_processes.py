@@ -16,7 +16,7 @@ from tiny_clip import save_tiny
 
 import ovbench
 from ovbench import benchmarks
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.errors import RunError, UsageError
 from ovbench.evaluate import ranks
 from ovbench.results import image_areas, store

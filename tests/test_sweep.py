@@ -24,9 +24,9 @@ from ovbench import benchmarks
 from ovbench.cli.app import run_command
 from ovbench.cli.run import spec_of
 from ovbench.errors import UsageError
-from ovbench.sweep.job import Work
-from ovbench.sweep.local import Local
-from ovbench.sweep.plan import Grid, Job, plan, read_grids
+from ovbench.evaluate.sweep.job import Work
+from ovbench.evaluate.sweep.local import Local
+from ovbench.evaluate.sweep.plan import Grid, Job, plan, read_grids
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_job.py")))
 
@@ -118,8 +118,8 @@ def interrupt_when_started(executor: Any, folder: Path) -> None:
 
 def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ovbench.sweep.job import Work, run_job; "
-        "from ovbench.sweep.plan import Job\n"
+        "import sys; from pathlib import Path; from ovbench.evaluate.sweep.job import Work, run_job; "
+        "from ovbench.evaluate.sweep.plan import Job\n"
         f"run_job(Job(0, 'm0', 'd', '', ({str(tmp_path)!r}, 'm0', 'ok', '60')), "
         f"Work(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), {FAKE!r}))"
     )
@@ -149,7 +149,7 @@ def short_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @needs_ray
 def test_a_ray_sweep_completes_when_a_worker_is_killed(tmp_path: Path, short_folder: Path) -> None:
-    from ovbench.sweep.on_ray import OnRay
+    from ovbench.evaluate.sweep.on_ray import OnRay
 
     listening: list[bool] = []
 
@@ -213,7 +213,7 @@ def _listening_addresses(folder: Path) -> Iterator[ipaddress.IPv4Address | ipadd
 
 @needs_submitit
 def test_submitit_runs_jobs_and_reports_failures(tmp_path: Path) -> None:
-    from ovbench.sweep.on_slurm import OnSlurm
+    from ovbench.evaluate.sweep.on_slurm import OnSlurm
 
     executor = OnSlurm({"cluster": "local", "partition": "gpu", "timeout_min": "5"})
     found = {job.index: o for job, o in executor.run(jobs_of(tmp_path, "ok", "fail"), work_in(tmp_path))}
@@ -226,7 +226,7 @@ def test_submitit_runs_jobs_and_reports_failures(tmp_path: Path) -> None:
 def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import submitit
 
-    from ovbench.sweep.on_slurm import OnSlurm, Task
+    from ovbench.evaluate.sweep.on_slurm import OnSlurm, Task
 
     for name in ("srun", "sbatch"):  # submitit looks for the one and calls the other
         path = tmp_path / name
@@ -269,7 +269,7 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small generated images of VOC20, another copy of them, and three others."""
-    from ovbench.benchmarks.synth import synth
+    from ovbench.benchmarks.synth.copies import synth
 
     folder = tmp_path_factory.mktemp("data")
     for name, images in (("a", 2), ("same", 2), ("other", 3)):
@@ -527,7 +527,7 @@ def test_the_table_and_the_exit_status(
         "if 'naclip' in sys.argv: sys.exit('Error: out of luck')\n"
         "print(json.dumps({'run_id': 'r1', 'spec_hash': 'ab' * 32, 'metrics': {'miou': 40.25}}))\n"
     )
-    monkeypatch.setattr("ovbench.sweep.job.PROGRAM", (sys.executable, str(fake)))
+    monkeypatch.setattr("ovbench.evaluate.sweep.job.PROGRAM", (sys.executable, str(fake)))
     monkeypatch.chdir(tmp_path)
     arguments = [
         "sweep",
@@ -561,7 +561,7 @@ def test_the_table_and_the_exit_status(
 def test_an_interrupted_sweep_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ovbench.benchmarks.synth import synth
+    from ovbench.benchmarks.synth.copies import synth
     from ovbench.results import store
 
     synth("voc20", tmp_path / "data", images=60, size=(96, 128))

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from tiny_clip import save_tiny
 
-from ovbench import text
-from ovbench.backbones.clip_weights import load_clip
-from ovbench.backbones.dense_clip import DenseCLIP
 from ovbench.errors import UsageError
+from ovbench.networks.clip_weights import load_clip
+from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.words import embeddings as text
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import RunError
 from ovbench.train import record as records

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from ovbench.closed_set import ParameterGroup
 from ovbench.errors import RunError, WeightsError
+from ovbench.models.closed_set import ParameterGroup
 from ovbench.train import checkpoint
 from ovbench.train.data import Positions, seed_at, seeded
 from ovbench.train.recipe import Recipe
-from ovbench.train.run import _graceful
 from ovbench.train.runner import Journal, build_runner
+from ovbench.train.training import _graceful
 
 CLASSES = 5
 

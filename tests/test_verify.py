@@ -13,7 +13,7 @@ from tiny_clip import save_tiny
 from typer.testing import CliRunner
 
 import ovbench
-from ovbench.benchmarks.synth import synth
+from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli import verify as cli
 from ovbench.errors import DataError, Interrupted, RunError, UsageError, WeightsError
 from ovbench.evaluate.verify import Given, Verification, options_again, spec_again, verify
@@ -256,7 +256,7 @@ def test_options_of_a_record_make_the_same_method() -> None:
 
 
 def test_every_method_is_made_again_from_its_record(weights: Path) -> None:
-    from ovbench.backbones.clip_weights import load_clip
+    from ovbench.networks.clip_weights import load_clip
     from ovbench.registry import method_class, method_names
 
     clip = load_clip(str(weights))

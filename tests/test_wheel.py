@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovbench.builtin.scenes import render
+from ovbench.networks.builtin.scenes import render
 
 
 def test_wheel_in_a_bare_folder(repo: Path, tmp_path: Path) -> None:

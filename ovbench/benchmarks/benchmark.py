@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ovbench.benchmarks.config import Words
 from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges, index_label, train_id_table
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
-from ovbench.benchmarks.panoptic import Panoptic, SegmentMap, load_segments, read_panoptic
+from ovbench.benchmarks.panoptic_files import Panoptic, SegmentMap, load_segments, read_panoptic
 from ovbench.errors import DataError, UsageError, unknown_name
 from ovbench.hashing import sha256_of, sha256_of_file
 
@@ -24,7 +24,7 @@ META_KEYS = ("img_path", "seg_map_path", "ori_shape", "img_shape", "scale_factor
 
 @dataclass(frozen=True)
 class SynthRules:
-    """How a generated copy of the benchmark looks; see ``ovbench.benchmarks.synth``.
+    """How a generated copy of the benchmark looks; see ``ovbench.benchmarks.synth.copies``.
 
     Attributes:
         home: Folder of the data root below the output folder; "" is the output folder itself.

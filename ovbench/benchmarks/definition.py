@@ -7,7 +7,7 @@ from typing import Any
 from ovbench.benchmarks.benchmark import Split, SynthRules
 from ovbench.benchmarks.config import id_list
 from ovbench.benchmarks.layout import Layout
-from ovbench.benchmarks.panoptic import Panoptic
+from ovbench.benchmarks.panoptic_files import Panoptic
 
 
 def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from ovbench.benchmarks.config import Words, read_config, read_words, validate_c
 from ovbench.benchmarks.definition import fields_of
 from ovbench.benchmarks.labels import IGNORE_INDEX
 from ovbench.benchmarks.layout import resolve_root
-from ovbench.classlist import ClassEntry, read_file, require_different
 from ovbench.errors import DataError, UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import trusted, user_path
+from ovbench.words.class_list import ClassEntry, read_file, require_different
 
 IMAGE_DIR, LABEL_DIR, CLASS_FILE, FACT_FILE = "images", "labels", "classes.txt", "dataset.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -293,7 +293,7 @@ def _entries(path: Path) -> list[ClassEntry]:
 
 def _lists(entries: list[ClassEntry]) -> dict[str, Any]:
     """Class names, colours and two wordings of a class list: with synonyms, and the names alone."""
-    from ovbench.colours import for_classes
+    from ovbench.benchmarks.colours import for_classes
 
     names = tuple(entry.name for entry in entries)
     own: Words = tuple(entry.words for entry in entries)

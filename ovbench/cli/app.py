@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovbench._version import __version__
+from ovbench import __version__
 from ovbench.cli.compare import compare
 from ovbench.cli.console import fail, say
 from ovbench.cli.data import app as data_app

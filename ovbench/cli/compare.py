@@ -78,7 +78,7 @@ def compare(
 def _newest(results: Path, dataset: str | None) -> list[Any]:
     """The newest finished run of every setting that is a result."""
     from ovbench.results import store
-    from ovbench.results.table import table
+    from ovbench.tables.runs import table
 
     records = store.load_all(results, on_problem=say)
     if dataset is not None:
@@ -97,7 +97,7 @@ def _newest(results: Path, dataset: str | None) -> list[Any]:
 
 
 def _plot(records: list[Any], pareto: str | None, path: Path) -> None:
-    from ovbench.results import pareto as module
+    from ovbench.tables import pareto as module
 
     cost = pareto or "latency"
     if cost not in module.COSTS:
@@ -160,7 +160,7 @@ def _costs(comparison: Comparison) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from ovbench.results.figures import FIGURES
+    from ovbench.results.quantities import FIGURES
 
     grid = Table(title=Text("Cost", style="bold"))
     grid.add_column("")

@@ -16,9 +16,9 @@ from ovbench.errors import DataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
+    from ovbench.benchmarks.check.outcome import CheckReport
     from ovbench.benchmarks.frequencies import Frequencies
     from ovbench.benchmarks.prepare import Prepared
-    from ovbench.benchmarks.report import CheckReport
 
 app = typer.Typer(
     name="data",
@@ -74,7 +74,7 @@ def synth(
     """
     from ovbench.benchmarks import get, with_split
     from ovbench.benchmarks import names as known
-    from ovbench.benchmarks.synth import synth as write
+    from ovbench.benchmarks.synth.copies import synth as write
 
     counts = _counts(split, images, train_images)
     chosen = list(dict.fromkeys(names))
@@ -143,7 +143,7 @@ def check(
     ovbench data check ./mydata
     """
     from ovbench.benchmarks import get, own_root
-    from ovbench.benchmarks.check import check as examine
+    from ovbench.benchmarks.check.checking import check as examine
 
     benchmark = get(name)
     root = root_of(name, data_root, own_root(benchmark))
@@ -162,7 +162,7 @@ def check(
 
 def _print_report(report: CheckReport) -> None:
     """Problems, then one line that sums up."""
-    from ovbench.benchmarks.report import describe
+    from ovbench.benchmarks.check.outcome import describe
 
     for problem in report.problems:
         print_text(describe(problem))
@@ -203,7 +203,7 @@ def prepare(
     ovbench data prepare context60 --source VOCtrainval_03-May-2010.tar --source trainval_merged.json --out ~/data/VOC2010
     ovbench data prepare voc21 --source ~/data/VOCdevkit/VOC2012 --dry-run
     """
-    from ovbench.benchmarks.check import check as examine
+    from ovbench.benchmarks.check.checking import check as examine
     from ovbench.benchmarks.prepare import prepare as make
 
     with bar(f"prepare {name}") as progress:

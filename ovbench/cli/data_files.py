@@ -13,7 +13,7 @@ from ovbench.errors import DataError, UsageError, unknown_name
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
     from ovbench.benchmarks.download import Downloaded
-    from ovbench.benchmarks.facts import Download
+    from ovbench.benchmarks.published_files import Download
 
 _UNKNOWN = "not known"
 
@@ -55,7 +55,7 @@ def data_list(
 
 def _entry(benchmark: Benchmark) -> dict[str, Any]:
     """All that is known of one benchmark."""
-    from ovbench.benchmarks.facts import downloads
+    from ovbench.benchmarks.published_files import downloads
 
     files = {split: downloads(benchmark, split) for split in benchmark.splits}
     every = list({one.name: one for found in files.values() for one in found}.values())
@@ -150,7 +150,7 @@ def data_download(
     """
     from ovbench.benchmarks import get
     from ovbench.benchmarks.download import download
-    from ovbench.benchmarks.download.run import needed
+    from ovbench.benchmarks.download.downloads import needed
 
     if split not in ("val", "train", "all"):
         raise unknown_name("split", split, ("val", "train", "all"))

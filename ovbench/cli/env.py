@@ -23,9 +23,9 @@ def env(
     """
     import torch
 
-    from ovbench._version import __version__
+    from ovbench import __version__
+    from ovbench.measure.environment import environment, git_state, package_versions
     from ovbench.paths import cache_dir
-    from ovbench.profile.environment import environment, git_state, package_versions
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,8 +15,8 @@ from ovbench.cli.run import choose, default_device, parse_options
 from ovbench.errors import DataError, OvbenchError, RunError, UsageError
 
 if TYPE_CHECKING:
-    from ovbench.classlist import ClassEntry
-    from ovbench.model import OpenVocabModel
+    from ovbench.models.patch_model import OpenVocabModel
+    from ovbench.words.class_list import ClassEntry
 
 # What --write may name, and how the file of each is called.
 KINDS = {"labels": "-labels.png", "overlay": "-overlay.png", "logits": "-logits.npz", "features": "-features.npz"}
@@ -70,7 +70,7 @@ def predict(
     ovbench predict cat.jpg --classes classes.txt --method sc-clip --out label.png --save-logits logits.npz
     ovbench predict photos/ more.jpg --classes classes.txt --out-dir results
     """
-    from ovbench import classlist
+    from ovbench.words import class_list
 
     default = None if solver else "sc-clip"
     method, options = choose(method or default, solver, base, attention, attention_weights, parse_options(option or []))
@@ -81,7 +81,7 @@ def predict(
     kinds = _require_fitting(targets, out_dir, write, many)
     if not many and targets.empty and not json:
         targets = Targets(overlay=images[0].with_name(f"{images[0].stem}-overlay.png"))
-    entries = classlist.read(classes)
+    entries = class_list.read(classes)
     source = weights or pretrained or "openai"
     settings: dict[str, Any] = {
         "weights": source, "arch": arch, "activation": activation, "dtype": dtype, "device": device or default_device(),
@@ -124,7 +124,7 @@ class Predictor:
     Attributes:
         method: Method id or PATH.py:Class.
         entries: Classes.
-        settings: Of :func:`ovbench.model.build_model`.
+        settings: Of :func:`ovbench.models.patch_model.build_model`.
     """
 
     method: str
@@ -140,7 +140,7 @@ class Predictor:
     def model(self) -> OpenVocabModel:
         """The model, the same one for all pictures."""
         if self._model is None:
-            from ovbench.model import build_model
+            from ovbench.models.patch_model import build_model
 
             with _located():
                 words = [list(entry.words) for entry in self.entries]
@@ -158,7 +158,8 @@ class Predictor:
         import numpy as np
         import torch
 
-        from ovbench import colours, pictures
+        from ovbench import pictures
+        from ovbench.benchmarks import colours
 
         image = pictures.read_rgb(path)
         model, (height, width) = self.model(), image.shape[:2]

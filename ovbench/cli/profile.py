@@ -14,7 +14,7 @@ from ovbench.cli.run import choose, parse_options, parse_window_batch
 from ovbench.errors import UsageError
 
 if TYPE_CHECKING:
-    from ovbench.profile.report import ProfileEfficiency, ProfileRecord, ProfileSpec
+    from ovbench.measure.profile.record import ProfileEfficiency, ProfileRecord, ProfileSpec
     from ovbench.results.record import Latency
 
 WHAT, PROTOCOL, WORK = "What to profile", "Whole image", "How to measure"
@@ -86,8 +86,8 @@ def profile(
         spec = _method_spec(fields, classes, input, features, protocol, overrides)
     else:
         spec = _head_spec(fields, classes, input, features, overrides)
-    from ovbench.profile.launch import profile as measure
-    from ovbench.profile.report import write
+    from ovbench.measure.profile.launch import profile as measure
+    from ovbench.measure.profile.record import write
 
     record = measure(spec, command=shlex.join(["ovbench", *sys.argv[1:]]), on_message=say)
     path = write(record, results) if save else None
@@ -112,7 +112,7 @@ def _method_spec(
     """The spec of an open-vocabulary method, its names checked before any process starts."""
     from ovbench import benchmarks
     from ovbench import spec as specs
-    from ovbench.profile.report import ProfileSpec
+    from ovbench.measure.profile.record import ProfileSpec
     from ovbench.registry import method_info
 
     if features is not None:
@@ -141,8 +141,8 @@ def _head_spec(
 ) -> ProfileSpec:
     """The spec of a closed-set decode head."""
     from ovbench import benchmarks
+    from ovbench.measure.profile.record import ProfileSpec
     from ovbench.methods import hosts  # type: ignore[import-not-found]
-    from ovbench.profile.report import ProfileSpec
     from ovbench.spec import validated
 
     if fields["part"] != "decode_head":
@@ -162,7 +162,7 @@ def _head_spec(
 
 
 def _warnings(record: ProfileRecord) -> list[str]:
-    from ovbench.profile.samples import NOISE_WARNING
+    from ovbench.measure.samples import NOISE_WARNING
 
     figures = record.efficiency
     lines = [f"{name} is unstable: {reason}." for name, reason in figures.unstable.items()]

@@ -13,7 +13,7 @@ from ovbench.cli.console import print_json, print_rich, print_text, progress, sa
 from ovbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from ovbench.prompts import Described
+    from ovbench.words.prompts import Described
 
 app = typer.Typer(
     name="prompts", help="Show, check or generate descriptions of classes (--prompts lsmseg).", no_args_is_help=True
@@ -94,7 +94,7 @@ def check(
     ovbench prompts check --attributes colour+material+context
     """
     from ovbench import benchmarks
-    from ovbench.prompts import check as checks
+    from ovbench.words.prompts import check as checks
 
     prompts = _prompts(file, attributes)
     required = list(dataset or ([] if file else benchmarks.names()))
@@ -173,11 +173,11 @@ def generate(
     ovbench prompts check prompts.json
     ovbench predict shore.jpg --classes "walrus, sea otter" --prompts prompts.json
     """
-    from ovbench import classlist
-    from ovbench.prompts import ATTRIBUTES
-    from ovbench.prompts import generate as write
-    from ovbench.prompts.chat import Chat
-    from ovbench.prompts.sentences import parse_attributes
+    from ovbench.words import class_list
+    from ovbench.words.prompts import ATTRIBUTES
+    from ovbench.words.prompts import generate as write
+    from ovbench.words.prompts.chat import Chat
+    from ovbench.words.prompts.sentences import parse_attributes
 
     if (classes is None) == (dataset is None):
         raise UsageError("Which classes? Give --classes FILE, or --dataset NAME.")
@@ -185,7 +185,7 @@ def generate(
     if not chosen:
         raise UsageError("--attributes name: there is nothing to ask about a bare name.")
     if classes is not None:
-        words = [word for entry in classlist.read(classes) for word in entry.words]
+        words = [word for entry in class_list.read(classes) for word in entry.words]
     else:
         words = _vocabulary(str(dataset), every_wording=False)
     key = None
@@ -205,8 +205,8 @@ def generate(
 
 def _prompts(file: Path | None, attributes: str | None) -> Described:
     """The prompts of a file or of ovbench under chosen attributes."""
-    from ovbench.prompts import described
-    from ovbench.prompts.sentences import FILE_SUFFIX, SHIPPED
+    from ovbench.words.prompts import described
+    from ovbench.words.prompts.sentences import FILE_SUFFIX, SHIPPED
 
     if file is not None and file.suffix != FILE_SUFFIX:
         raise UsageError(f"'{file}': descriptions are a {FILE_SUFFIX} file, see docs/prompts.md.")

@@ -33,10 +33,10 @@ def report(
     ovbench report --results results/runs --out report.html
     ovbench report --profiles results/profiles --gallery-kb 0
     """
-    from ovbench.report import page
-    from ovbench.report.figures import size
     from ovbench.results import store
     from ovbench.results.profiles import load_all
+    from ovbench.tables.report import page
+    from ovbench.tables.report.figures import size
 
     if profiles is not None and not profiles.is_dir():
         raise DataError(f"There is no folder '{profiles}'. Name another with --profiles.")

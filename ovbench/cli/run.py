@@ -19,7 +19,7 @@ from ovbench.errors import UsageError, unknown_name
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ovbench.results.panoptic import PanopticMetrics
+    from ovbench.results.panoptic_quality import PanopticMetrics
     from ovbench.results.record import RunRecord
     from ovbench.spec import RunSpec
 
@@ -254,7 +254,7 @@ def own_device(given: str | None, launcher: str) -> str:
         return device
     import torch
 
-    from ovbench.model import require_device
+    from ovbench.models.patch_model import require_device
 
     require_device(device)
     # slurm's own name: torchrun's is set when the processes are joined. With one visible GPU per task it is the first.

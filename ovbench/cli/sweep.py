@@ -18,8 +18,8 @@ from ovbench.cli.run import parse_options, spec_of, terminable
 from ovbench.errors import Interrupted, RunError, UsageError
 
 if TYPE_CHECKING:
-    from ovbench.sweep.job import Outcome
-    from ovbench.sweep.plan import Grid, Job
+    from ovbench.evaluate.sweep.job import Outcome
+    from ovbench.evaluate.sweep.plan import Grid, Job
 
 WHAT, WHERE, WORK = "What to run", "Where to run it", "How to work"
 EXECUTORS = ("local", "ray", "slurm")
@@ -61,7 +61,7 @@ def sweep(
     if executor not in EXECUTORS:
         raise UsageError(f"--executor {executor}: give {', '.join(EXECUTORS)}.")
     _require_fit(executor, devices=devices, ray_address=ray_address, slurm=slurm)
-    from ovbench.sweep.plan import plan
+    from ovbench.evaluate.sweep.plan import plan
 
     grids = _grids(file, methods, datasets, data_root, demo, settings or [], vary or [])
     root = results.expanduser().absolute()
@@ -111,7 +111,7 @@ def _grids(
     """What to run; the command line's options add to the file's."""
     from dataclasses import replace
 
-    from ovbench.sweep.plan import Grid, read_grids
+    from ovbench.evaluate.sweep.plan import Grid, read_grids
 
     chosen = parse_options(settings, "--set")
     varied: dict[str, tuple[str, ...]] = {}
@@ -144,23 +144,23 @@ def _executor(
 ) -> Iterator[Any]:
     """Where the jobs run, ready to take them."""
     if name == "local":
-        from ovbench.sweep.local import local
+        from ovbench.evaluate.sweep.local import local
 
         yield local(devices, jobs)
     elif name == "ray":
-        from ovbench.sweep.on_ray import OnRay
+        from ovbench.evaluate.sweep.on_ray import OnRay
 
         with OnRay(ray_address, retries, jobs) as place:
             yield place
     else:
-        from ovbench.sweep.on_slurm import OnSlurm
+        from ovbench.evaluate.sweep.on_slurm import OnSlurm
 
         yield OnSlurm(parse_options(slurm, "--slurm"))
 
 
 def _run(planned: Sequence[Job], place: Any, folder: Path) -> tuple[Outcomes, bool]:
     """Outcomes of the jobs that had to run, and whether they were interrupted."""
-    from ovbench.sweep.job import PROGRAM, Work
+    from ovbench.evaluate.sweep.job import PROGRAM, Work
 
     outcomes: Outcomes = {}
     todo = [job for job in planned if job.recorded is None and job.problem is None]

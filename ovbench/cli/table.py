@@ -16,7 +16,7 @@ from ovbench.errors import RunError, UsageError, unknown_name
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ovbench.results.layout import Table
+    from ovbench.tables.layout import Table
 
 _FORMATS = ("rich", "markdown", "csv", "json", "latex", "html")
 # A file has no width: wide enough for any table of a paper, so that its bytes do not depend on a terminal.
@@ -101,7 +101,7 @@ def _of_records(results: Path, methods: str | None, datasets: str | None, column
     from ovbench import benchmarks
     from ovbench.registry import method_info
     from ovbench.results import store
-    from ovbench.results.table import table as arrange
+    from ovbench.tables.runs import table as arrange
 
     chosen_datasets = _names(datasets, "--datasets")
     records = store.load_all(results, on_problem=say)
@@ -122,10 +122,11 @@ def _of_records(results: Path, methods: str | None, datasets: str | None, column
 
 def _of_paper(paper: str, number: str | None, protocol: str | None, results: Path, profiles: Path) -> Table | None:
     """The paper's table; None where there was no more to show than a list of tables."""
-    from ovbench.results import published, store
+    from ovbench.results import store
     from ovbench.results.measured import of_record
-    from ovbench.results.paper import arrange
     from ovbench.results.profiles import load_all
+    from ovbench.tables import published
+    from ovbench.tables.paper import arrange
 
     known = published.tables(paper)  # an unknown paper is an error
     if protocol is not None:
@@ -145,7 +146,7 @@ def _list_tables(paper: str, known: list[str]) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from ovbench.results import published
+    from ovbench.tables import published
 
     grid = RichTable(title=Text(published.title(paper), style="bold"))
     for name in ("--table", "rows", "figures", "datasets"):
@@ -161,7 +162,7 @@ def _list_tables(paper: str, known: list[str]) -> None:
 
 def _write(arranged: Table, format: str, out: Path | None, explain: bool) -> None:
     """To a file or stdout; everything but a terminal gets UTF-8, whatever the locale."""
-    from ovbench.results import render
+    from ovbench.tables import render
 
     explained = render.explain(arranged) if explain else []
     if format == "rich" and out is None and sys.stdout.isatty():
@@ -199,7 +200,7 @@ def _plain(text: str) -> RenderableType:
 def _text(arranged: Table, format: str, explained: list[str]) -> str:
     import json
 
-    from ovbench.results import render, render_markup
+    from ovbench.tables import render, render_markup
 
     if format == "json":
         return json.dumps(render.to_data(arranged), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -218,7 +219,7 @@ def _text(arranged: Table, format: str, explained: list[str]) -> str:
 def _rich_text(arranged: Table, explained: list[str]) -> str:
     from rich.console import Console
 
-    from ovbench.results import render
+    from ovbench.tables import render
 
     buffer = io.StringIO()
     for section in arranged.sections:

@@ -66,7 +66,7 @@ def train(
         raise UsageError(f"--launcher {launcher!r}: give none, pytorch or slurm.")
     from ovbench.train import processes
     from ovbench.train.plan import TrainOptions, plan
-    from ovbench.train.run import train as start
+    from ovbench.train.training import train as start
 
     with _bars(launcher) as (on_iteration, on_count):
         where = TrainOptions(
@@ -116,7 +116,7 @@ def train(
 
 def _sides(method: str, recipe: Any) -> dict[str, int]:
     """The size that images had in training, for the evaluation of a closed-set method; others have a protocol of their own."""
-    from ovbench.train.subject import is_closed_set
+    from ovbench.train.network import is_closed_set
 
     if not is_closed_set(method):
         return {}

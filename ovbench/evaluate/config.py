@@ -18,7 +18,7 @@ HEADER = '''"""{method} on {dataset}, written by 'ovbench run --dump-config'.
     from mmengine.runner import Runner
     Runner.from_cfg(Config.fromfile("{name}")).test()
 
-Reading the config imports ovbench.segmentor, which makes mmseg importable on mmcv-lite: do not import mmseg before.
+Reading the config imports ovbench.mm.segmentor, which makes mmseg importable on mmcv-lite: do not import mmseg before.
 """
 '''
 
@@ -30,7 +30,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         UsageError, DataError: Unknown names, or missing data.
     """
     from ovbench import benchmarks
-    from ovbench.closed_set import views_inside
+    from ovbench.models.closed_set import views_inside
     from ovbench.registry import CLOSED_SET, method_info
 
     benchmark = benchmarks.get(spec.dataset)
@@ -66,7 +66,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
-    imports = ["ovbench.segmentor"] + ["ovbench.benchmarks.panoptic_dataset"] * (benchmark.panoptic is not None)
+    imports = ["ovbench.mm.segmentor"] + ["ovbench.mm.panoptic_dataset"] * (benchmark.panoptic is not None)
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": imports, "allow_failed_imports": False},

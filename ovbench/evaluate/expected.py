@@ -89,8 +89,8 @@ def expected(
         WeightsError: A weights file cannot be read.
     """
     from ovbench import benchmarks
+    from ovbench.models.trained_file import read_about, told
     from ovbench.registry import CLOSED_SET, method_info
-    from ovbench.trained_weights import read_about, told
 
     info, benchmark = method_info(spec.method), benchmarks.get(spec.dataset)
     root, synthetic = data_of(benchmark, spec, data_root)
@@ -130,7 +130,7 @@ class _Found:
 
 def _worded(spec: RunSpec, benchmark: Any) -> Any:
     """The protocol with the hashes of words and templates."""
-    from ovbench.text import prompts
+    from ovbench.words.embeddings import prompts
 
     words, words_hash = words_of(benchmark, spec)
     query_words = [word for entry in words for word in entry]
@@ -144,7 +144,7 @@ def _worded(spec: RunSpec, benchmark: Any) -> Any:
 
 
 def _closed_set(spec: RunSpec, path: Path, about: Any) -> _Found:
-    from ovbench.closed_set_weights import configured_method
+    from ovbench.models.closed_set_weights import configured_method
 
     method = configured_method(spec.method, spec.method_options, about)
     arch = about.arch if about is not None else spec.arch or method.DEFAULT_ARCH
@@ -152,9 +152,9 @@ def _closed_set(spec: RunSpec, path: Path, about: Any) -> _Found:
 
 
 def _open_vocabulary(spec: RunSpec, path: Path, about: Any) -> _Found:
-    from ovbench.method import Method
+    from ovbench.models.method import Method
+    from ovbench.models.trained_file import options_again
     from ovbench.registry import method_class
-    from ovbench.trained_weights import options_again
 
     cls = method_class(spec.method)
     given = {**(options_again(about.method_options, cls) if about is not None else {}), **spec.method_options}
@@ -182,15 +182,15 @@ def _options(cls: Any, config: Any) -> dict[str, Any]:
 
 
 def _clip(spec: RunSpec, path: Path) -> _Found:
-    """What :func:`ovbench.backbones.clip_weights.load_clip` will say of the CLIP."""
+    """What :func:`ovbench.networks.clip_weights.load_clip` will say of the CLIP."""
     import open_clip
     import torch
 
-    from ovbench.backbones.clip_weights import DEFAULT_ARCH
+    from ovbench.networks.clip_weights import DEFAULT_ARCH
 
     weights, arch = spec.weights, spec.arch or DEFAULT_ARCH
     if weights == "builtin":
-        from ovbench.builtin.weights import weights_path
+        from ovbench.networks.builtin.weights import weights_path
 
         known = {
             "arch": "builtin-ViT-12x128",
@@ -217,9 +217,9 @@ def _clip_file(spec: RunSpec, path: Path) -> _Found:
     """Of a file, which is read for what tells its activation."""
     import open_clip
 
-    from ovbench.backbones.activation import is_quick
-    from ovbench.backbones.clip_weights import openai_format_arch
-    from ovbench.backbones.state_dict import read_state_dict
+    from ovbench.networks.activation import is_quick
+    from ovbench.networks.clip_weights import openai_format_arch
+    from ovbench.networks.state_dict import read_state_dict
 
     state, digest = read_state_dict(path), sha256_of_file(path)
     arch_quick = None
@@ -251,7 +251,7 @@ def _same_options(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 
 def _same_weights(asked: str | None, backbone: str | None, recorded: str | None, recorded_sha256: str | None) -> bool:
-    from ovbench.backbones.attention_sd2_weights import HUB
+    from ovbench.networks.attention_sd2_weights import HUB
 
     if asked is None:  # the published ones, known by their repository; or there is no further backbone
         return recorded is None or (recorded == HUB if backbone == "sd2" else "/" in recorded)

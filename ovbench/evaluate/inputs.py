@@ -17,7 +17,7 @@ DEMO_SEED = 20261121
 def data_of(benchmark: Any, spec: RunSpec, given: Path | None) -> tuple[Path, bool]:
     """The data root, and whether its images are generated."""
     from ovbench.benchmarks import OwnBenchmark, own_root
-    from ovbench.benchmarks.synth import is_synthetic, synth
+    from ovbench.benchmarks.synth.copies import is_synthetic, synth
 
     given = given or own_root(benchmark)
     if spec.demo and given is None and not isinstance(benchmark, OwnBenchmark):
@@ -70,6 +70,6 @@ def read_classes(source: str | Path) -> list[list[str]]:
     Raises:
         UsageError: No class in it.
     """
-    from ovbench.classlist import read_file
+    from ovbench.words.class_list import read_file
 
     return [list(entry.words) for entry in read_file(Path(source))]

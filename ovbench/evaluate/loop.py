@@ -18,17 +18,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.compat import import_mmseg
 from ovbench.errors import DataError, OvbenchError, RunError
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.ranks import Team
 from ovbench.evaluate.shard_lines import ImageResult
 from ovbench.evaluate.shards import Shard
 from ovbench.evaluate.signals import held_back, leave_signals
+from ovbench.measure.timing import Stopwatch
+from ovbench.mm.compat import import_mmseg
 from ovbench.ops.areas import areas
 from ovbench.ops.panoptic import Quality, quality
 from ovbench.pictures import require_complete
-from ovbench.profile.timing import Stopwatch
 
 import_mmseg()
 

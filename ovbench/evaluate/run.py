@@ -21,7 +21,7 @@ from ovbench.evaluate.signals import held_back
 from ovbench.paths import user_path
 from ovbench.results import record as records
 from ovbench.results import store
-from ovbench.results.panoptic import panoptic_from_sums
+from ovbench.results.panoptic_quality import panoptic_from_sums
 from ovbench.spec import RunSpec, validated
 
 RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
@@ -190,7 +190,7 @@ def _evaluate(state: _State) -> None:
         root, synthetic = data_of(benchmark, spec, options.data_root)
         faulty = options.on_error == "skip"
         if options.check:
-            from ovbench.benchmarks.check import quick_check
+            from ovbench.benchmarks.check.checking import quick_check
 
             quick_check(spec.dataset, root, skip=faulty)
         state.fingerprint = benchmark.fingerprint(root, incomplete=faulty)
@@ -234,10 +234,10 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     wording = wording_of(benchmark, spec)
     words, wording_hash = words_of(benchmark, spec)
 
-    from ovbench.model import require_device
+    from ovbench.models.patch_model import require_device
+    from ovbench.models.trained_file import options_again, read_about, require_method, told
     from ovbench.registry import method_class, method_info
-    from ovbench.text import prompts
-    from ovbench.trained_weights import options_again, read_about, require_method, told
+    from ovbench.words.embeddings import prompts
 
     require_device(spec.device)
     cls = method_class(spec.method)
@@ -278,9 +278,9 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
 
 def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
     """As :func:`_open_vocab_model`, of a network whose classes are those it was trained on."""
-    from ovbench.closed_set_weights import build_closed_set_model
+    from ovbench.models.closed_set_weights import build_closed_set_model
+    from ovbench.models.trained_file import told
     from ovbench.registry import method_info
-    from ovbench.trained_weights import told
 
     model, loaded = build_closed_set_model(
         spec.method,
@@ -314,7 +314,7 @@ def _note_trial(state: _State, about: Any) -> None:
 
 
 def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
-    from ovbench.profile.environment import environment, git_state, package_versions
+    from ovbench.measure.environment import environment, git_state, package_versions
 
     finished = datetime.now(timezone.utc)
     metrics = state.metrics

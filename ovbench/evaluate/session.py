@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import tempfile
 import warnings
@@ -13,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.closed_set import ClosedSetModel, views_inside
-from ovbench.compat import quiet_mmengine
 from ovbench.errors import DataError, RunError
 from ovbench.evaluate.gallery import Pictures
 from ovbench.evaluate.ranks import Share
 from ovbench.evaluate.run import default_batch, default_workers, metrics_of
 from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, others_of, rank_path, read_header
-from ovbench.model import OpenVocabModel
+from ovbench.measure import flops
+from ovbench.measure.timing import Stopwatch, peak_memory, reset_peak_memory, summary
+from ovbench.mm.compat import quiet_mmengine
+from ovbench.models.closed_set import ClosedSetModel, views_inside
+from ovbench.models.patch_model import OpenVocabModel
 from ovbench.ops.windows import windows
-from ovbench.profile import flops
-from ovbench.profile.timing import Stopwatch, peak_memory, reset_peak_memory, summary
 from ovbench.results import store
 from ovbench.results.record import Efficiency, Latency
 
@@ -43,7 +44,7 @@ def evaluate_images(
     from mmengine.evaluator import Evaluator
 
     from ovbench.evaluate.loop import AreaMetric, EvaluationLoop, EvaluationRunner, Images, Monitor, Readers, batches
-    from ovbench.segmentor import OpenVocabSegmentor
+    from ovbench.mm.segmentor import OpenVocabSegmentor
 
     spec, options, team = state.spec, state.options, state.team
     short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
@@ -134,9 +135,9 @@ def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: 
     from mmengine.registry import DefaultScope
     from mmseg.registry import DATASETS
 
-    import ovbench.benchmarks.panoptic_dataset
-    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
-
+    # registers the panoptic dataset and LoadCompleteImage
+    for module in ("ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
+        importlib.import_module(module)
     cfg = benchmark.dataset_cfg(root, short_side=short_side, long_side=long_side)
     cfg["pipeline"] = [
         {**step, "type": "mmengine.LoadCompleteImage"} if step["type"] == "LoadImageFromFile" else step

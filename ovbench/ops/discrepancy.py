@@ -13,7 +13,7 @@
    and ``propagate``, f after one hop of the chain.
 
 :func:`discrepancy_maps` runs 2 to 5. What the paper leaves open is a field of :class:`SolverConfig`. A default that is
-marked *inferred* was chosen by ``benchmarks/discrepancy_ablation.py`` (tables: ``docs/discrepancy.md``): labels of VOC and
+marked *inferred* was chosen by ``studies/discrepancy_ablation.py`` (tables: ``docs/discrepancy.md``): labels of VOC and
 COCO-Object damaged in three strengths, attention of DINOv2-S/14. Mean mIoU on the 42 images that were chosen on:
 
 - no solver 32.2; one hop 38.6, with mv 38.7 and op 38.0. On 21 held-back images 29.5; 36.8, 36.8 (mv), 36.2 (op). No

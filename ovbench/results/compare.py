@@ -13,7 +13,7 @@ from ovbench.paths import user_path
 from ovbench.results import bootstrap, image_areas, store
 from ovbench.results.bootstrap import Interval
 from ovbench.results.comparable import KINDS, data_of, kind_of, machine_of, protocol_of, settings_of
-from ovbench.results.figures import FIGURES
+from ovbench.results.quantities import FIGURES
 from ovbench.results.record import RunRecord
 
 Pairs = dict[str, tuple[str, str]]
@@ -46,7 +46,7 @@ class Ratio:
     """A cost of two runs.
 
     Attributes:
-        figure: Name in :data:`ovbench.results.figures.FIGURES`.
+        figure: Name in :data:`ovbench.results.quantities.FIGURES`.
         first: Of the first run.
         second: Of the second run.
         ratio: Second divided by first; None where that says nothing.

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from ovbench.results.comparable import kind_of, machine_of, random_parts
-from ovbench.results.figures import FIGURES
+from ovbench.results.quantities import FIGURES
 from ovbench.results.record import Efficiency, Environment, RunRecord
 
 STAGE = "latency:"

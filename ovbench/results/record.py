@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from ovbench.errors import DataError
-from ovbench.results.panoptic import PanopticMetrics
+from ovbench.results.panoptic_quality import PanopticMetrics
 from ovbench.results.stored import Stored
 from ovbench.spec import RunSpec
 
@@ -131,7 +131,7 @@ class Precision(Stored):
 
 
 class Environment(Stored):
-    """The machine and the numerics of a run, as :func:`ovbench.profile.environment.environment` finds them."""
+    """The machine and the numerics of a run, as :func:`ovbench.measure.environment.environment` finds them."""
 
     python: str = Field(description="Python version")
     os: str = Field(description="operating system, release and architecture")

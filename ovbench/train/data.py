@@ -153,13 +153,10 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
         raise UsageError(
             f"{benchmark.name} has labels per pixel, no segments. Benchmarks that have: {', '.join(names('panoptic'))}."
         )
-    from ovbench.compat import import_mmseg
+    from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
     from mmengine.registry import DefaultScope
-
-    import ovbench.benchmarks.panoptic_dataset
-    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)

@@ -112,9 +112,9 @@ def plan(
         UsageError, DataError, WeightsError: Unknown names, bad values, missing data or files.
     """
     from ovbench import benchmarks
-    from ovbench.model import require_device
+    from ovbench.models.patch_model import require_device
     from ovbench.registry import method_info
-    from ovbench.train import subject as subjects
+    from ovbench.train import network as subjects
     from ovbench.train.recipe import ANY
     from ovbench.train.recipe import recipe as recipe_of
 
@@ -191,7 +191,7 @@ def plan(
 
 def _data(benchmark: Any, options: TrainOptions, demo: bool) -> tuple[Path, bool]:
     """The data root, and whether its images are generated."""
-    from ovbench.benchmarks.synth import is_synthetic, synth
+    from ovbench.benchmarks.synth.copies import is_synthetic, synth
 
     if demo and options.data_root is None:
         home = cache_dir() / "demo" / f"{benchmark.name}-v{benchmark.version}-train-{DEMO['train_images']}"

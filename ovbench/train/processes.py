@@ -20,7 +20,7 @@ def join(launcher: str, device: str) -> tuple[int, int]:
     """
     if launcher == "none":
         return 0, 1
-    from ovbench.compat import prepare
+    from ovbench.mm.compat import prepare
 
     prepare()
     import torch

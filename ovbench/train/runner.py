@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ovbench.compat import prepare
+from ovbench.mm.compat import prepare
 
 prepare()
 
@@ -26,8 +26,8 @@ from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWr
 from mmengine.registry import LOOPS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
-from ovbench.closed_set import ParameterGroup  # noqa: E402
 from ovbench.errors import RunError, WeightsError  # noqa: E402
+from ovbench.models.closed_set import ParameterGroup  # noqa: E402
 from ovbench.train import checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
 from ovbench.train.processes import any_of  # noqa: E402

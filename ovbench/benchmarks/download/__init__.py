@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ovbench.benchmarks.download.run import Downloaded, download
+from ovbench.benchmarks.download.downloads import Downloaded, download
 
 __all__ = ["Downloaded", "download"]

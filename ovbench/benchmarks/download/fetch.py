@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from ovbench._version import __version__
+from ovbench import __version__
 from ovbench.benchmarks.download.part import CHUNK, WORK, Part, digests_of, held, read_object, write_object
-from ovbench.benchmarks.facts import Download
+from ovbench.benchmarks.published_files import Download
 from ovbench.errors import DataError, Interrupted, RunError
 
 Progress = Callable[[int, int | None], None]

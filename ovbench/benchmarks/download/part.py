@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ovbench.benchmarks.facts import ALGORITHMS
+from ovbench.benchmarks.published_files import ALGORITHMS
 from ovbench.errors import RunError
 
 WORK = ".ovbench-download"

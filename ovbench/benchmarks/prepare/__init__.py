@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ovbench.benchmarks.prepare.run import Prepared, prepare
+from ovbench.benchmarks.prepare.preparation import Prepared, prepare
 
 __all__ = ["Prepared", "prepare"]

@@ -1,0 +1,1 @@
+"""Small generated copies of the benchmarks in their true layouts."""

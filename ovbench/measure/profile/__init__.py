@@ -1,0 +1,1 @@
+"""What 'ovbench profile' runs."""

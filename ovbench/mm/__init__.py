@@ -1,0 +1,1 @@
+"""The only adapter to mmseg, mmengine and mmcv."""

@@ -1,0 +1,1 @@
+"""What turns names into a network and images into labels."""

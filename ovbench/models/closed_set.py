@@ -1,0 +1,302 @@
+"""Closed-set methods, for classes that are fixed when they are trained: an encoder and a decode head of mmseg's kind.
+
+:class:`ClosedSetMethod` says what the network is, :class:`ClosedSetNetwork` is the network, :class:`ClosedSetModel` puts it
+under a protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovbench.errors import UsageError, unknown_name
+from ovbench.models.method import NoOptions, configured
+from ovbench.models.windowed import WindowedModel
+from ovbench.ops.assemble import Weights
+from ovbench.ops.labels import decide, decide_views
+from ovbench.spec import DType, Protocol
+
+POLICIES = ("all", "frozen-encoder")
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that are trained alike.
+
+    Attributes:
+        name: Part of the network, for the report.
+        parameters: The tensors.
+        lr_mult: Factor on the recipe's learning rate.
+        decay_mult: Factor on its weight decay.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    lr_mult: float = 1.0
+    decay_mult: float = 1.0
+
+
+class ClosedSetMethod:
+    """Base of closed-set methods: override :meth:`model_config`.
+
+    Class attributes:
+        Config: Frozen dataclass of the method's switches, each with its source beside it.
+        RECIPES: Training recipes, benchmark id to fields of ``ovbench.train.recipe.Recipe``; ``"*"`` for all others.
+        DEFAULT_ARCH: Encoder that is meant where none is named.
+        TRIAL_OPTIONS: Options that make it small, for ``ovbench train --demo``.
+
+    Args:
+        name: Method id, which one class may have several of.
+        config: Values of ``Config``; None takes the defaults.
+    """
+
+    Config: ClassVar[type[Any]] = NoOptions
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
+    DEFAULT_ARCH: ClassVar[str] = "resnet50-v1c"
+    TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, name: str, config: Any = None) -> None:
+        self.name = name
+        self.config = self.Config() if config is None else config
+
+    @classmethod
+    def configure(cls, options: dict[str, Any]) -> Any:
+        """The config with ``options`` over its defaults (strings are converted to the default's type).
+
+        Raises:
+            UsageError: An option that the method does not have, or of the wrong type.
+        """
+        return configured(cls, options)
+
+    def options(self) -> dict[str, Any]:
+        """All switches in force, for the record."""
+        return asdict(self.config)
+
+    def model_config(
+        self,
+        arch: str,
+        num_classes: int,
+        *,
+        training: bool = False,
+        class_frequencies: Sequence[int] | None = None,
+        weights: str | None = None,
+    ) -> dict[str, Any]:
+        """The whole network as a plain config for mmseg's ``MODELS``, ``type="EncoderDecoder"``.
+
+        Args:
+            arch: Encoder, see :func:`ovbench.networks.encoders.encoder_names`.
+            num_classes: K.
+            training: Also what only training needs: auxiliary heads, teachers, losses' constants.
+            class_frequencies: Pixels of each class in the training set (K,), where a loss wants them.
+            weights: File with the encoder's pretrained weights; None leaves them random.
+
+        Raises:
+            UsageError: Unknown encoder, or one that does not go with the method.
+        """
+        raise NotImplementedError
+
+    def needs_class_frequencies(self) -> bool:
+        """Whether training must count the pixels of each class first."""
+        return False
+
+
+class ClosedSetNetwork(nn.Module):
+    """An mmseg ``EncoderDecoder`` behind the normalisation of its encoder, for evaluation and for training.
+
+    Args:
+        segmentor: Built from :meth:`ClosedSetMethod.model_config`.
+        mean: RGB means (0..255) of the encoder's training images.
+        std: Deviations.
+    """
+
+    def __init__(self, segmentor: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.segmentor = segmentor
+        self.frozen_encoder = False
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w), RGB 0..255, as the encoder wants them, float32."""
+        return (images.float() - self.mean) / self.std  # type: ignore[operator]
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Logits (B, K, h, w) on the head's own grid of normalised images (B, 3, H, W)."""
+        logits: Tensor = self.segmentor.decode_head(self.segmentor.extract_feat(batch))
+        return logits
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Losses by name, those that are optimised with "loss" in it, in training mode.
+
+        Args:
+            images: (B, 3, H, W), RGB 0..255.
+            labels: (B, H, W), int64, 255 ignored.
+        """
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+        found: dict[str, Tensor] = self.segmentor.loss(self.normalise(images), samples)
+        return found
+
+    def train(self, mode: bool = True) -> ClosedSetNetwork:
+        """Training mode, in which a frozen encoder's batch statistics stay as they are, or evaluation."""
+        super().train(mode)
+        if self.frozen_encoder:
+            self.segmentor.backbone.eval()
+        return self
+
+    def parameter_groups(self, policy: str) -> list[ParameterGroup]:
+        """What is trained, under the policies ``all`` and ``frozen-encoder``.
+
+        Norms and biases decay as everything does, as in the configs of mmseg that the recipes follow.
+
+        Raises:
+            UsageError: Unknown policy.
+        """
+        if policy not in POLICIES:
+            raise unknown_name("trainable-parameter policy", policy, POLICIES)
+        parts = {"encoder": self.segmentor.backbone}
+        if getattr(self.segmentor, "neck", None) is not None:
+            parts["neck"] = self.segmentor.neck
+        parts["decode_head"] = self.segmentor.decode_head
+        if self.segmentor.with_auxiliary_head:
+            parts["auxiliary_head"] = self.segmentor.auxiliary_head
+        self.frozen_encoder = policy == "frozen-encoder"
+        if self.frozen_encoder:
+            del parts["encoder"]
+        return [ParameterGroup(name, tuple(part.parameters())) for name, part in parts.items()]
+
+
+class ClosedSetModel(WindowedModel):
+    """A closed-set network under a protocol: images to label maps, one scale or several, with or without mirroring.
+
+    Args:
+        network: The network.
+        num_classes: K.
+        protocol: Windows and scales. Of several views of an image (scales, mirrored), the probabilities at the output's
+            size are averaged, as mmseg's test-time augmentation does.
+        dtype: Precision of the network; logits and sums stay float32.
+        window_batch: See :class:`WindowedModel`.
+        compile_mode: ``off``, or a mode of ``torch.compile``.
+    """
+
+    solver = None
+    takes_views = False
+    takes_words = False
+
+    def __init__(
+        self,
+        network: ClosedSetNetwork,
+        num_classes: int,
+        protocol: Protocol,
+        *,
+        dtype: DType = "float32",
+        window_batch: int | None = None,
+        compile_mode: str = "off",
+    ) -> None:
+        super().__init__(protocol, patch=1, dtype=dtype, window_batch=window_batch)
+        for name, off in (("prob_thd", 0.0), ("area_thd", None), ("upsample", "bilinear"), ("pamr", 0)):
+            if getattr(protocol, name) != off:
+                raise UsageError(f"{name} is for open-vocabulary methods: use --protocol closed-set.")
+        self.network = network
+        self.classes = num_classes
+        self.call: Callable[[Tensor], Tensor] = network
+        if compile_mode != "off":
+            self.call = torch.compile(network, mode=compile_mode, dynamic=False)
+        self.register_buffer("class_ids", torch.arange(num_classes, device=self.device), persistent=False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.network.mean.device  # type: ignore[return-value]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.classes
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w), RGB 0..255 on the device, with the encoder's mean and deviation."""
+        return self.network.normalise(images)
+
+    def run_network(self, batch: Tensor) -> Tensor:
+        """Logits (B, K, h, w) on the head's grid of a network input (B, 3, H, W)."""
+        return self.call(batch)
+
+    @torch.inference_mode()
+    def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Logits (B, K, H, W), float32, of one view of images (B, 3, h, w), RGB 0..255, at ``size`` (H, W)."""
+        size = size or (images.shape[-2], images.shape[-1])
+        return torch.stack([found.at(size) for found in self.patch_logits(list(images))])
+
+    @torch.inference_mode()
+    def predict_labels(
+        self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
+    ) -> list[Tensor]:
+        """Label maps (H, W), int64; see :meth:`WindowedModel.predict_labels`.
+
+        Where the protocol has several views, the images are those of the files, else they have the network input's size.
+        """
+        batch = list(images)
+        if len(sizes) != len(batch):
+            raise ValueError(f"{len(batch)} images but {len(sizes)} sizes")
+        if not views_inside(self.protocol):
+            found = self.patch_logits(batch, names)
+            with self.stage("decide"):
+                return [
+                    decide(logits.values, logits.weights(size), self.class_ids)  # type: ignore[arg-type]
+                    for logits, size in zip(found, sizes, strict=True)
+                ]
+        views = [self._views(batch, sizes, scale, mirrored, names) for scale, mirrored in self._kinds()]
+        with self.stage("decide"):
+            return [decide_views([view[index] for view in views]) for index in range(len(batch))]
+
+    def _kinds(self) -> list[tuple[float, bool]]:
+        return [
+            (scale, mirrored)
+            for scale in self.protocol.scales
+            for mirrored in ((False, True) if self.protocol.flip else (False,))
+        ]
+
+    def _views(
+        self,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        scale: float,
+        mirrored: bool,
+        names: Sequence[str] | None,
+    ) -> list[tuple[Tensor, Weights]]:
+        """Logits of one view of each image and the weights that bring them to its output size, mirrored back."""
+        with self.stage("prepare"):
+            resized = [self.resized(image, scale) for image in images]
+            if mirrored:
+                resized = [image.flip(-1) for image in resized]
+        views = []
+        for found, size in zip(self.patch_logits(resized, names), sizes, strict=True):
+            rows, columns = found.weights(size)
+            views.append((found.values, (rows, columns.flip(0) if mirrored else columns)))
+        return views
+
+    def resized(self, image: Tensor, scale: float) -> Tensor:
+        """The image (3, h, w) at the protocol's sides times ``scale``, its proportions kept; float, as values are not rounded."""
+        p = self.protocol
+        height, width = image.shape[-2:]
+        short, long = (
+            (p.short_side or min(height, width)) * scale,
+            (p.long_side if p.short_side else max(height, width)) * scale,
+        )
+        factor = min(short / min(height, width), long / max(height, width))
+        size = (int(height * factor + 0.5), int(width * factor + 0.5))
+        moved = image.to(self.device).float()[None]
+        return F.interpolate(moved, size=size, mode="bilinear", align_corners=False)[0]
+
+
+def views_inside(protocol: Protocol) -> bool:
+    """Whether the model itself resizes images, because it wants them at several sizes or mirrored."""
+    return protocol.scales != (1.0,) or protocol.flip

@@ -1,0 +1,71 @@
+"""Mask generators by name. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovbench.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from ovbench.networks.mask_generators.generator import MaskGenerator
+
+MASK2FORMERS = (
+    "mask2former-r50", "mask2former-swin-t", "mask2former-swin-s", "mask2former-swin-b", "mask2former-swin-l"
+)  # fmt: skip
+CACHE_LIMIT = 20 * 2**30  # bytes; one image's masks of Mask2Former at 800 x 1333 are 27 MB
+
+
+def generator_names() -> list[str]:
+    """Ids of all generators."""
+    return [*MASK2FORMERS, "grid", "oracle", "noisy-oracle"]
+
+
+def load_generator(
+    name: str,
+    weights: str | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    cache: Path | bool | None = None,
+    cache_limit: int = CACHE_LIMIT,
+) -> MaskGenerator:
+    """A frozen generator on ``device``.
+
+    Args:
+        name: One of :func:`generator_names`.
+        weights: Of Mask2Former: None (published), ``random``, a folder, or ``owner/name`` of the hub.
+        seed: Of random weights, and of what noisy-oracle draws.
+        device: Torch device.
+        cache: Keep proposals on disk: a folder, or True for ``proposals`` in the user's cache; see
+            :class:`ovbench.networks.mask_generators.cache.CachedGenerator`.
+        cache_limit: Size of that folder in bytes.
+
+    Raises:
+        UsageError: Unknown name, weights for a generator without any, or a missing library.
+        WeightsError: The download failed, or files are missing, unreadable or do not fit.
+    """
+    if name not in generator_names():
+        raise unknown_name("mask generator", name, generator_names())
+    generator = _build(name, weights, seed).to(device)
+    if cache is None or cache is False:
+        return generator
+    from ovbench.networks.mask_generators.cache import CachedGenerator, proposals_dir
+
+    return CachedGenerator(generator, proposals_dir() if cache is True else Path(cache), cache_limit)
+
+
+def _build(name: str, weights: str | None, seed: int) -> MaskGenerator:
+    if name in MASK2FORMERS:
+        from ovbench.networks.mask_generators.mask2former_weights import load_mask2former
+
+        return load_mask2former(name, weights, seed=seed)
+    if weights not in (None, "none"):
+        raise UsageError(f"The mask generator '{name}' has no weights; '{weights}' was given. Leave them away.")
+    if name == "grid":
+        from ovbench.networks.mask_generators.grid import Grid
+
+        return Grid()
+    from ovbench.networks.mask_generators.oracle import NoisyOracle, Oracle
+
+    return Oracle() if name == "oracle" else NoisyOracle(seed=seed)

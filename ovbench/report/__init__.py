@@ -1,5 +1,0 @@
-"""The report: records, profiles and galleries as one HTML page that needs nothing besides itself."""
-
-from ovbench.report.page import page
-
-__all__ = ["page"]

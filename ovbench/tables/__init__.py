@@ -1,0 +1,1 @@
+"""What people read of records: tables of runs and of papers, plots, the HTML report."""

@@ -1,0 +1,141 @@
+"""A method's own options read from its source text: the defaults that a published number is taken to mean.
+
+Importing a method would load torch, and a table must not.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ovbench.errors import UsageError
+from ovbench.paths import methods_dir
+from ovbench.registry import MethodInfo, method_info
+
+_BASE = "base."  # prefix of the options of a wrapped method, which option "base" names
+
+
+@dataclass(frozen=True)
+class _Module:
+    """The classes of a source file, and where other names come from."""
+
+    classes: Mapping[str, ast.ClassDef]
+    imported: Mapping[str, str]
+
+
+def changed_options(method: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options that are not a method's defaults; None where its source does not tell the defaults.
+
+    Options without a literal default are left out, and so are those that say where weights are read from.
+    """
+    allowed = _defaults(method)
+    if allowed is None:
+        return None
+    changed = {}
+    for name, value in sorted(options.items()):
+        known = allowed.get(name)
+        if name.startswith(_BASE):
+            known = (_defaults(str(options.get("base"))) or {}).get(name.removeprefix(_BASE))
+        if known is not None and value not in known and not name.endswith("weights"):
+            changed[name] = value
+    return changed
+
+
+@cache
+def _defaults(method: str) -> dict[str, tuple[Any, ...]] | None:
+    """The values that each option may have by default, tuples as lists; None where the source does not tell."""
+    try:
+        info = method_info(method)
+        path = _file_of(info)
+        if path is None:
+            return None
+        module = _module(path)
+        found = _config_of(module, info.cls)
+    except (UsageError, OSError, SyntaxError, ValueError):
+        return None
+    if found is None:
+        return None
+    config, literals = found
+    defaults = {} if config is None else _literals(module, config)
+    return {name: (_plain(value), *literals) for name, value in defaults.items()}
+
+
+def _file_of(info: MethodInfo) -> Path | None:
+    if info.source is not None:
+        return info.source
+    return _ovbench_file(info.module)
+
+
+def _ovbench_file(module: str) -> Path | None:
+    """The source file of one of ovbench's own modules; None for others and for packages."""
+    parts = module.split(".")
+    if parts[0] != "ovbench":
+        return None
+    root = methods_dir() if parts[1:2] == ["methods"] else Path(__file__).resolve().parents[1]
+    path = root.joinpath(*parts[2 if parts[1:2] == ["methods"] else 1 :]).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+@cache
+def _module(path: Path) -> _Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return _Module({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}, imported)
+
+
+def _config_of(module: _Module, name: str) -> tuple[str | None, tuple[Any, ...]] | None:
+    """Name of a method's config class (None for a method without options) and literals that may override defaults.
+
+    A config that a call makes is taken for the inherited one in which the call's literal arguments are defaults.
+    """
+    if module.imported.get(name) == "ovbench.models.method.Method":
+        return None, ()
+    if name not in module.classes:
+        return None
+    literals: tuple[Any, ...] = ()
+    for node in module.classes[name].body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if not (isinstance(target, ast.Name) and target.id == "Config"):
+            continue
+        if isinstance(value, ast.Name):
+            return value.id, ()
+        if isinstance(value, ast.Call):
+            literals = tuple(part.value for part in value.args if isinstance(part, ast.Constant))
+    bases = [base.id for base in module.classes[name].bases if isinstance(base, ast.Name)]
+    found = _config_of(module, bases[0]) if bases else None
+    return None if found is None else (found[0], (*found[1], *literals))
+
+
+def _literals(module: _Module, name: str) -> dict[str, Any]:
+    """The literal defaults of a dataclass and of its bases, in other modules of ovbench as well."""
+    if name not in module.classes:
+        where, _, original = module.imported.get(name, "").rpartition(".")
+        path = _ovbench_file(where) if where else None
+        return {} if path is None else _literals(_module(path), original)
+    values: dict[str, Any] = {}
+    for base in module.classes[name].bases:
+        if isinstance(base, ast.Name):
+            values |= _literals(module, base.id)
+    for node in module.classes[name].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            values.pop(node.target.id, None)
+            try:
+                values[node.target.id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue  # no literal: what it is cannot be told
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON, which has no tuples."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,193 @@
+"""What is trained: a method's network on its way from a spec to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ovbench.errors import UsageError
+from ovbench.hashing import sha256_of_file
+from ovbench.models.closed_set import ParameterGroup
+from ovbench.models.closed_set_weights import TRAINING_ONLY, build_network, configured_method
+from ovbench.paths import user_path
+from ovbench.registry import CLOSED_SET, class_of, method_info
+from ovbench.spec import protocol
+from ovbench.train.record import PartReport
+from ovbench.words.embeddings import prompts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that can be trained.
+
+    Attributes:
+        network: Has ``losses(images, labels)`` and ``parameter_groups(policy)``; all of it on one device.
+        options: All of the method's options.
+        arch: Encoder or open_clip architecture.
+        text: How classes become sentences, for the spec; empty where there are none.
+        weights_sha256: Hash of the file that training starts from; None where that is random.
+        exported: Which part of the state is needed to evaluate.
+    """
+
+    network: nn.Module
+    options: dict[str, Any]
+    arch: str
+    text: dict[str, str | None]
+    weights_sha256: str | None
+    exported: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def recipes(method: str) -> dict[str, dict[str, Any]]:
+    """The recipes that a method declares, by benchmark.
+
+    Raises:
+        UsageError: It cannot be trained.
+    """
+    declared: dict[str, dict[str, Any]] = class_of(method).RECIPES
+    if not declared:
+        raise UsageError(f"'{method}' is training-free: there is nothing to train. See 'ovbench list methods'.")
+    return declared
+
+
+def trial_options(method: str) -> dict[str, Any]:
+    """Options that make a method small enough for a demo."""
+    cls = class_of(method)
+    return dict(cls.TRIAL_OPTIONS if is_closed_set(method) else cls.OFFLINE_OPTIONS)
+
+
+def is_closed_set(method: str) -> bool:
+    """Whether the method's classes are fixed when it is trained."""
+    return method_info(method).track == CLOSED_SET
+
+
+def needs_class_frequencies(method: str, options: dict[str, Any]) -> bool:
+    """Whether a loss of the method wants to know how frequent each class is."""
+    return is_closed_set(method) and configured_method(method, options).needs_class_frequencies()
+
+
+def open_vocabulary_subject(
+    method: str,
+    options: dict[str, Any],
+    arch: str | None,
+    weights: str,
+    benchmark: Any,
+    *,
+    sentences: str | None,
+    seed: int,
+    device: str,
+) -> Subject:
+    """The network of a method that reads classes as words, ready to be trained.
+
+    Args:
+        method: Method id.
+        options: Switches.
+        arch: open_clip architecture, where the weights do not tell.
+        weights: Of CLIP: tag, file, ``builtin`` or ``random``; or a checkpoint of the method.
+        benchmark: Whose classes are trained, each by the first of its words under the wording of the method's protocol.
+        sentences: How words become sentences; None: as the method's protocol has it.
+        seed: Of random weights.
+        device: Torch device.
+    """
+    info, cls = method_info(method), class_of(method)
+    preset = protocol("paper", benchmark.name, method=method)
+    wording = preset.wording if preset.wording in benchmark.wordings else benchmark.wordings[0]
+    words = [entry[0] for entry in benchmark.words(wording)]
+    chosen = prompts(sentences or preset.templates)
+    built = cls.load(
+        weights, arch, cls.configure_for(options, weights=weights), seed=seed, device=device, training=True
+    )
+    built.set_training_classes(words, chosen)
+
+    def exported(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        built.load_state_dict(state)
+        tensors: dict[str, Tensor] = built.public_state()
+        return tensors
+
+    return Subject(
+        network=built.train(),
+        options={**built.options(), **info.recorded()},
+        arch=built.clip.arch,
+        text={"wording": wording, "templates": sentences or preset.templates, "templates_sha256": chosen.sha256(words)},
+        weights_sha256=built.clip.weights_sha256,
+        exported=exported,
+    )
+
+
+def closed_set_subject(
+    method: str,
+    options: dict[str, Any],
+    arch: str | None,
+    weights: str,
+    num_classes: int,
+    *,
+    seed: int,
+    device: str,
+    class_frequencies: Sequence[int] | None = None,
+) -> Subject:
+    """The network of a closed-set method, ready to be trained.
+
+    Args:
+        method: Method id.
+        options: Switches.
+        arch: Encoder; None takes the method's default.
+        weights: ``random``, or a file with the encoder's pretrained weights.
+        num_classes: K.
+        seed: Of random weights.
+        device: Torch device.
+        class_frequencies: Pixels of each class, where :func:`needs_class_frequencies`.
+    """
+    chosen = configured_method(method, options)
+    arch = arch or chosen.DEFAULT_ARCH
+    file = None if weights == "random" else str(user_path(weights))
+    network = build_network(
+        chosen,
+        arch,
+        num_classes,
+        seed=seed,
+        training=True,
+        class_frequencies=class_frequencies,
+        encoder_weights=file,
+    )
+    extra = tuple(f"segmentor.{part}" for part in TRAINING_ONLY)
+    return Subject(
+        network=network.to(device).train(),
+        options=chosen.options(),
+        arch=arch,
+        text={},
+        weights_sha256=None if file is None else sha256_of_file(Path(file)),
+        exported=lambda state: {key: value for key, value in state.items() if not key.startswith(extra)},
+    )
+
+
+def _group(network: nn.Module, group: Any) -> ParameterGroup:
+    """A group of parameters, which plain methods give by name."""
+    if isinstance(group, ParameterGroup):
+        return group
+    named = dict(network.named_parameters())
+    parameters = tuple(named[name] for name in group["params"])
+    return ParameterGroup(group["name"], parameters, group["lr_mult"], group["weight_decay_mult"])
+
+
+def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], tuple[PartReport, ...]]:
+    """What a policy trains, all else frozen, and the report of it by part.
+
+    Raises:
+        UsageError: Unknown policy.
+    """
+    groups = [_group(network, group) for group in network.parameter_groups(policy)]
+    chosen = {id(parameter) for group in groups for parameter in group.parameters}
+    frozen = 0
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+        frozen += 0 if id(parameter) in chosen else parameter.numel()
+    rows = []
+    for group in groups:
+        size = sum(parameter.numel() for parameter in group.parameters)
+        rows.append(PartReport(part=group.name, params=size, trainable=size, lr_mult=group.lr_mult))
+    if frozen:
+        rows.append(PartReport(part="frozen", params=frozen, trainable=0, lr_mult=None))
+    return groups, tuple(rows)

@@ -1,0 +1,1 @@
+"""Class lists, sentences and their embeddings."""
