@@ -142,7 +142,7 @@ def _open_vocabulary(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:
     cls = resolved.cls
     options, adds = _options(cls, resolved.config), cls.options is not Method.options
     # A method that reads its files itself may find other things in them than a CLIP.
-    if path.is_file() and cls.load.__func__ is not Method.load.__func__:
+    if path.is_file() and cls.load.__func__ is not Method.load.__func__:  # type: ignore[attr-defined]
         return _Found(options, {"weights_sha256": sha256_of_file(path)}, certain=False, adds=adds)
     return replace(_clip(spec, path), options=options, adds=adds)
 
