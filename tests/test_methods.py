@@ -79,6 +79,29 @@ def test_lower_precision_is_close(method: Method, dtype: str) -> None:
     assert error < (0.05 if dtype == "bfloat16" else 0.01)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_lower_precision_are_float32_products_of_its_features(
+    method: Method, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if method.MODEL != Method.MODEL:
+        pytest.skip("its logits are a network's; of its correlation see test_cost_aggregation")
+    seen: list[torch.Tensor] = []
+    owner = type(getattr(method, "base", method))  # of a solver
+    own = owner.features
+
+    def kept(self: Method, images: torch.Tensor) -> torch.Tensor:
+        seen.append(own(self, images))
+        return seen[-1]
+
+    model = model_of(method, dtype=dtype)
+    with torch.inference_mode(), model.precision():
+        monkeypatch.setattr(owner, "features", kept)
+        logits = method.patch_logits(model.network_input(photo(96, 128)[None]), model.text)  # type: ignore[arg-type]
+    exact = torch.nn.functional.normalize(seen[0].double(), dim=-1) @ model.text.double().T  # type: ignore[operator]
+    assert logits.dtype == torch.float32
+    assert (logits.permute(0, 2, 3, 1) - exact).abs().max() < 1e-6
+
+
 def test_window_batches_do_not_change_the_result(method: Method) -> None:
     images = [photo(250, 330, seed=1), photo(330, 250, seed=2), photo(240, 240, seed=3)]
     model = model_of(method, window_batch=4)

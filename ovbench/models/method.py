@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.ops.full_precision import product
 from ovbench.ops.patch_logits import PatchLogits
 
 
@@ -139,7 +140,7 @@ class Method(nn.Module):
     def patch_logits(self, images: Tensor, text: Tensor) -> Tensor:
         """Cosine logits (B, Q, h, w), float32, of normalised images (B, 3, H, W) against embeddings (Q, D)."""
         features = F.normalize(self.features(images).float(), dim=-1)
-        return (features @ text.T).permute(0, 3, 1, 2)
+        return product(features, text.T).permute(0, 3, 1, 2)
 
 
 class Solver(Method):
