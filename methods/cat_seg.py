@@ -92,6 +92,11 @@ class CATSeg(Method):
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
     MODEL = "ovbench.models.view_averaging:ViewModel"
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {  # blocks that guide the decoder, see __init__
+        "ViT-B/16": {"source": "public code, layer_indexes 3 and 7", "values": {}},
+        "ViT-L/14": {"source": "public code, layer_indexes 7 and 15", "values": {}},
+    }
+    ELSEWHERE = "the decoder is guided by blocks at a third and two thirds of the depth"
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {"coco_stuff": COCO_STUFF}
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
     FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds

@@ -131,7 +131,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     Args:
         name: Preset, or ``"paper"`` for the preset of ``method``.
         benchmark: Benchmark id; None gives the preset's defaults (used by ``predict``).
-        method: Method id, needed for ``"paper"``.
+        method: Method id, needed for ``"paper"``; some presets have values of their own for a baseline.
         **overrides: Fields of :class:`Protocol`; None means "not set".
 
     Raises:
@@ -147,6 +147,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     if name not in presets:
         raise unknown_name("protocol", name, [*presets, "paper"], "ovbench list protocols")
     fields: dict[str, Any] = {**presets[name]["defaults"], **presets[name]["benchmarks"].get(benchmark, {})}
+    fields |= presets[name].get("methods", {}).get(method, {}).get("benchmarks", {}).get(benchmark, {})
     before = Protocol(name=name, **fields)
     changed = {key: value for key, value in overrides.items() if value is not None}
     known = set(Protocol.model_fields) - {"name", "overrides"}

@@ -212,6 +212,15 @@ def test_labels_and_registry(method: Method) -> None:
     assert protocol("paper", "voc21", method=name).name == info.protocol
 
 
+def test_a_preset_may_have_values_of_its_own_for_a_baseline() -> None:
+    """ClearCLIP's author names another threshold for plain CLIP, on benchmarks with a background."""
+    for benchmark, own in (("voc21", 0.5), ("context60", 0.15), ("coco_object", 0.4), ("voc20", 0.0)):
+        assert protocol("clearclip", benchmark, method="clearclip").prob_thd == own
+        chosen = protocol("clearclip", benchmark, method="clip")
+        assert chosen.prob_thd == (0.2 if own else 0.0) and chosen.overrides == ()
+    assert protocol("clearclip", "voc21", method="clip", prob_thd=0.5).overrides == ("prob_thd",)
+
+
 def test_nan_weights_are_an_error_that_names_image_and_stage(clip: DenseCLIP) -> None:
     model = build_model("clip", classes=CLASSES, weights="random", arch="ViT-S-32-alt")
     model.clip.visual.ln_post.bias.data.fill_(float("nan"))

@@ -16,6 +16,7 @@ from typing import Any
 
 from ovbench.evaluate.inputs import data_of, wording_of, words_of
 from ovbench.hashing import sha256_of_file
+from ovbench.models.backbone_constants import Backbone, backbone_named, in_force
 from ovbench.paths import user_path
 from ovbench.results import store
 from ovbench.results.record import RunRecord
@@ -158,22 +159,30 @@ def _open_vocabulary(spec: RunSpec, path: Path, about: Any) -> _Found:
 
     cls = method_class(spec.method)
     given = {**(options_again(about.method_options, cls) if about is not None else {}), **spec.method_options}
-    options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=spec.demo))
     clip = _clip(spec, path)
+    backbone = backbone_named(clip.fields["arch"])
+    options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=spec.demo), backbone)
     # A method that reads its files itself may find more in them than a CLIP.
     own = path.is_file() and cls.load.__func__ is not Method.load.__func__  # type: ignore[attr-defined]
     adds = cls.options is not Method.options
-    return replace(clip, options=options, certain=clip.certain and not own, adds=adds)
+    return replace(clip, options=options or {}, certain=clip.certain and not own and options is not None, adds=adds)
 
 
-def _options(cls: Any, config: Any) -> dict[str, Any]:
-    """The config as a record holds it, the options of a wrapped method as ``base.NAME``."""
+def _options(cls: Any, config: Any, backbone: Backbone | None) -> dict[str, Any] | None:
+    """The config as a record holds it, the options of a wrapped method as ``base.NAME``.
+
+    None where constants depend on the backbone, and its name does not tell which it is.
+    """
     from ovbench.registry import method_class, method_info
 
-    options = asdict(config)
+    if cls.BACKBONES and backbone is None:
+        return None
+    options = asdict(in_force(config, cls.constants_on(backbone)) if cls.BACKBONES else config)
     if "base_options" in options:
         base = method_class(options["base"])
-        theirs = _options(base, base.configure(dict(options.pop("base_options"))))
+        theirs = _options(base, base.configure(dict(options.pop("base_options"))), backbone)
+        if theirs is None:
+            return None
         options |= {
             "base": method_info(options["base"]).name,
             **{f"base.{name}": value for name, value in theirs.items()},

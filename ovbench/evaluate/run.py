@@ -81,6 +81,7 @@ class _State:
     efficiency: records.Efficiency | None = None
     shard: Any = None
     partial_reason: str | None = None
+    constants: str | None = None
     benchmark: Any = None
     recorded: records.RunRecord | None = None
     team: ranks.Team = field(default_factory=ranks.Team)
@@ -262,6 +263,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
     )
     _note_trial(state, about)
+    state.constants = method.constants
     if getattr(model, "needs_truth", False):
         reasons = state.partial_reason, "an oracle has looked at the labels: an upper bound, no result"
         state.partial_reason = "; ".join(filter(None, reasons))
@@ -343,6 +345,7 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
         demo=spec.demo,
         reason=reason,
         failures=_failures(state),
+        constants=state.constants,
     )
     return record, store.write(record, state.options.results)
 

@@ -6,6 +6,7 @@ Windows, batching, synonyms, thresholds, resizing, precision and timing live onc
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.errors import UsageError, unknown_name
+from ovbench.errors import OvbenchWarning, UsageError, unknown_name
+from ovbench.models.backbone_constants import Backbone, Constants, constants_of, in_force
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.full_precision import product
 from ovbench.ops.patch_logits import PatchLogits
@@ -52,17 +54,36 @@ class Method(nn.Module):
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        BACKBONES: Constants by backbone, a literal; see :mod:`ovbench.models.backbone_constants`. Empty where none depends
+            on it.
+        ELSEWHERE: What is done with them on a backbone for which none were published, in words.
+
+    Attributes:
+        constants: Where the constants in force were published, or how they were inferred; None without such a table.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {}
+    ELSEWHERE: ClassVar[str] = ""
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
         self.clip = clip
         self.config = self.Config() if config is None else config
+        self.constants: str | None = None
+        if self.BACKBONES:
+            found = self.constants_on(Backbone(clip.depth, clip.patch))
+            self.config, self.constants = in_force(self.config, found), found.told
+            if found.inferred:
+                warnings.warn(f"Constants of {type(self).__name__}: {found.told}.", OvbenchWarning, stacklevel=2)
+
+    @classmethod
+    def constants_on(cls, backbone: Backbone) -> Constants:
+        """The constants on a backbone; :attr:`BACKBONES` is not empty."""
+        return constants_of(cls.BACKBONES, backbone, cls.ELSEWHERE)
 
     @classmethod
     def build(cls, clip: DenseCLIP, options: dict[str, Any] | None = None) -> Method:
@@ -170,12 +191,15 @@ def configured(cls: Any, options: dict[str, Any]) -> Any:
         UsageError: An option that the class does not have, or of the wrong type.
     """
     known = {field.name: field for field in fields(cls.Config)}
+    examples = next(iter(getattr(cls, "BACKBONES", {}).values()), {"values": {}})[
+        "values"
+    ]  # of fields that default to None
     values = {}
     for name, value in options.items():
         key = name.replace("-", "_")
         if key not in known:
             raise unknown_name(f"option of {cls.__name__}", name, known)
-        values[key] = _convert(key, value, known[key].default)
+        values[key] = _convert(key, value, examples.get(key, known[key].default))
     return cls.Config(**values)
 
 
