@@ -237,7 +237,7 @@ def _clip_file(spec: RunSpec, path: Path) -> _Found:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run will say it
         quick = is_quick(path, digest, state, spec.activation, spec.arch, arch_quick)
-    arch = spec.arch or openai_format_arch(state, str(path))
+    arch = spec.arch or openai_format_arch(state, str(path), path=path, digest=digest)
     return _Found({}, {"arch": arch, "activation": "quickgelu" if quick else "gelu", "weights_sha256": digest})
 
 
