@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import save_tiny, tiny_state
 
@@ -263,7 +266,7 @@ def test_heads_of_unknown_shapes_are_known_up_to_what_openai_has(tmp_path: Path)
     assert heads({**wide(1280, 2, 14, 64), "input_resolution": torch.tensor(28)}) == (20, 1)
     assert heads(wide(1280, 2, 14, 64), known="openai-format-ViT-2x1280-14-16heads") == (16, 1)
     assert heads(wide(1280, 2, 14, 1024), known="ViT-H-14") == (16, 16)
-    with pytest.raises(WeightsError, match="ViT-H-14 says towers of width 1280 and 1024, but 'file.pt' has 1408"):
+    with pytest.raises(WeightsError, match=r"ViT-H-14 says towers of width 1280 and 1024, but 'file.pt' has 1408"):
         heads(wide(1408, 2, 14, 1024), known="ViT-H-14")
 
 
@@ -285,7 +288,7 @@ def test_a_config_beside_the_file_tells_its_heads(tmp_path: Path) -> None:
     state = {key: value.contiguous() for key, value in tiny_state(width=160).items()}
     path = tmp_path / "open_clip_model.safetensors"
     save_file(state, path)
-    with pytest.raises(WeightsError, match="width 160 .* --arch"):
+    with pytest.raises(WeightsError, match=r"width 160 .* --arch"):
         load_clip(str(path))
     beside = tmp_path / "open_clip_config.json"
     config = {"model_cfg": {"vision_cfg": {"width": 160, "head_width": 80}, "text_cfg": {"width": 64, "heads": 2}}}
@@ -293,12 +296,9 @@ def test_a_config_beside_the_file_tells_its_heads(tmp_path: Path) -> None:
     clip = load_clip(str(path))
     assert clip.heads == 2 and clip.clip.transformer.resblocks[0].attn.num_heads == 2
     assert clip.arch == "openai-format-ViT-12x160-16-2heads"  # not that of a record which took another number
-    config["model_cfg"]["vision_cfg"]["head_width"] = 60
-    beside.write_text(json.dumps(config), encoding="utf-8")
-    assert load_clip(str(path)).heads == 2
     config["model_cfg"]["vision_cfg"]["width"] = 768
     beside.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(WeightsError, match="says towers of width 768 and 64, but .* has 160 and 64"):
+    with pytest.raises(WeightsError, match=r"says towers of width 768 and 64, but .* has 160 and 64"):
         load_clip(str(path))
 
 
@@ -311,3 +311,51 @@ def test_the_number_of_heads_moves_the_features(tmp_path: Path) -> None:
         assert clip.heads == count
         found.append(clip.dense(torch.ones(1, 3, 64, 64), LastBlock()))
     assert not torch.allclose(*found, atol=1e-3)
+
+
+def test_the_command_line_refuses_and_the_foretold_run_knows_them(
+    tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    from ovbench.evaluate.expected import _clip_file
+    from ovbench.spec import RunSpec, validated
+
+    path = tmp_path / "w" / "odd.safetensors"
+    path.parent.mkdir()
+    save_file({key: value.contiguous() for key, value in tiny_state(layers=2, width=160, grid=2).items()}, path)
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+    done = run_cli("predict", "a.png", "-m", "clip", "--weights", str(path), "--classes", "sky, road", "--out", "b.png")
+    assert done.returncode == 4, done.stderr
+    assert "does not tell how many heads" in done.stderr and "--arch" in done.stderr
+    spec = validated(RunSpec, {"method": "clip", "dataset": "voc21", "weights": str(path)})
+    with pytest.raises(WeightsError, match="does not tell how many heads"):
+        _clip_file(spec, path)
+    config = {"model_cfg": {"vision_cfg": {"width": 160, "head_width": 80}, "text_cfg": {"width": 64, "heads": 1}}}
+    (path.parent / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert _clip_file(spec, path).fields["arch"] == load_clip(str(path)).arch == "openai-format-ViT-2x160-16-2heads"
+
+
+def test_trained_files_tell_their_heads(tmp_path: Path) -> None:
+    """Of CAT-Seg by its header or the config beside it, of a mask method by the name of the architecture."""
+    from ovbench.methods.cat_seg import CATSeg, CATSegConfig
+    from ovbench.methods.fisa import FISA
+    from ovbench.models.trained_file import About, save
+
+    arch = "openai-format-ViT-12x160-16-2heads"
+    clip = from_openai_format(tiny_state(width=160), "tiny", "ab" * 32, arch=arch)
+    config = CATSegConfig(hidden=32, layers=1, grid=12, window=6)
+    told: dict[str, Any] = {
+        "arch": arch, "dataset": "coco_stuff", "class_names": ["a"], "training": "x", "spec_hash": "ab" * 32,
+        "iterations": 1, "planned": 1,
+    }  # fmt: skip
+    trained = CATSeg(clip, config)
+    about = About(method="cat-seg", method_options=trained.options(), **told)
+    save(tmp_path / "cat.safetensors", trained.public_state(), about)
+    assert CATSeg.load(str(tmp_path / "cat.safetensors"), None, config).clip.heads == 2
+    save_file({key: value.contiguous() for key, value in trained.public_state().items()}, tmp_path / "bare.safetensors")
+    with pytest.raises(WeightsError, match=r"does not tell how many heads .*Please put the open_clip_config.json of"):
+        CATSeg.load(str(tmp_path / "bare.safetensors"), None, config)
+    fisa = FISA(clip, FISA.configure({"generator": "grid"}))
+    about = About(method="fisa", method_options=fisa.options(), **told)
+    save(tmp_path / "fisa.safetensors", fisa.public_state(), about)
+    again = FISA.load(str(tmp_path / "fisa.safetensors"), None, FISA.configure({"generator": "grid"}))
+    assert again.clip.heads == 2 and again.clip.arch == arch

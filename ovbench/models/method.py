@@ -191,9 +191,8 @@ def configured(cls: Any, options: dict[str, Any]) -> Any:
         UsageError: An option that the class does not have, or of the wrong type.
     """
     known = {field.name: field for field in fields(cls.Config)}
-    examples = next(iter(getattr(cls, "BACKBONES", {}).values()), {"values": {}})[
-        "values"
-    ]  # of fields that default to None
+    tables = [entry["values"] for entry in getattr(cls, "BACKBONES", {}).values()]
+    examples: dict[str, Any] = tables[0] if tables else {}  # of fields that default to None
     values = {}
     for name, value in options.items():
         key = name.replace("-", "_")
