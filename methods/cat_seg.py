@@ -93,6 +93,7 @@ class CATSeg(Method):
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
     MODEL = "ovbench.models.view_averaging:ViewModel"
+    ARITHMETIC = 1  # its correlation has always been float32
     BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {  # blocks that guide the decoder, see __init__
         "ViT-B/16": {"source": "public code, layer_indexes 3 and 7", "values": {}},
         "ViT-L/14": {"source": "public code, layer_indexes 7 and 15", "values": {}},

@@ -176,6 +176,12 @@ class RunSpec(BaseModel):
     arch: str | None = Field(None, description="open_clip architecture; None until read from an OpenAI-format file")
     weights: str = Field("openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name")
     dtype: DType = Field("float32", description="precision of the network; softmax and accumulation stay float32")
+    arithmetic: int = Field(
+        1,
+        ge=1,
+        description="version of what a method computes in which precision, where dtype is not float32; filled in by the run; 2: "
+        "products of features and words are float32",
+    )
     device: str = Field("cpu", description="cpu or cuda (index left out)")
     weights_sha256: str | None = Field(None, description="hash of the weights used; filled in by the run")
     activation: Literal["auto", "gelu", "quickgelu"] = Field(
@@ -224,13 +230,15 @@ class RunSpec(BaseModel):
     def spec_hash(self) -> str:
         """sha256 over the canonical JSON of all fields: equal hashes are the same run.
 
-        Fields of the protocol that came later count only where they differ from their default, which is what was done
-        before they existed: so a run keeps its hash.
+        Fields that came later count only where they differ from their default, which is what was done before they existed:
+        so a run keeps its hash.
         """
         content = self.model_dump(mode="json")
         for name in ADDED_LATER:
             if getattr(self.protocol, name) == Protocol.model_fields[name].default:
                 del content["protocol"][name]
+        if self.arithmetic == 1:
+            del content["arithmetic"]
         return sha256_of(content)
 
 

@@ -165,7 +165,10 @@ def _open_vocabulary(spec: RunSpec, path: Path, about: Any) -> _Found:
     # A method that reads its files itself may find more in them than a CLIP.
     own = path.is_file() and cls.load.__func__ is not Method.load.__func__  # type: ignore[attr-defined]
     adds = cls.options is not Method.options
-    return replace(clip, options=options or {}, certain=clip.certain and not own and options is not None, adds=adds)
+    fields = {**clip.fields, "arithmetic": cls.arithmetic(spec.dtype)}
+    return replace(
+        clip, fields=fields, options=options or {}, certain=clip.certain and not own and options is not None, adds=adds
+    )
 
 
 def _options(cls: Any, config: Any, backbone: Backbone | None) -> dict[str, Any] | None:

@@ -272,6 +272,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         "protocol": protocol,
         "method": info.name,
         "method_options": {**method.options(), **info.recorded(), **told(about)},
+        "arithmetic": cls.arithmetic(spec.dtype),
         "arch": clip.arch,
         "activation": clip.activation,
         "weights_sha256": clip.weights_sha256,

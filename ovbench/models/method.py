@@ -54,6 +54,8 @@ class Method(nn.Module):
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        ARITHMETIC: Version of what is computed in which precision in bfloat16 and float16, so that records of before and
+            after a change are not taken for one run; see ``RunSpec.arithmetic``.
         BACKBONES: Constants by backbone, a literal; see :mod:`ovbench.models.backbone_constants`. Empty where none depends
             on it.
         ELSEWHERE: What is done with them on a backbone for which none were published, in words.
@@ -66,6 +68,7 @@ class Method(nn.Module):
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
+    ARITHMETIC: ClassVar[int] = 2
     BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {}
     ELSEWHERE: ClassVar[str] = ""
 
@@ -79,6 +82,11 @@ class Method(nn.Module):
             self.config, self.constants = in_force(self.config, found), found.told
             if found.inferred:
                 warnings.warn(f"Constants of {type(self).__name__}: {found.told}.", OvbenchWarning, stacklevel=2)
+
+    @classmethod
+    def arithmetic(cls, dtype: str) -> int:
+        """The version that a run in this precision records."""
+        return 1 if dtype == "float32" else cls.ARITHMETIC
 
     @classmethod
     def constants_on(cls, backbone: Backbone) -> Constants:
