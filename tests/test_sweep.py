@@ -352,8 +352,8 @@ def test_every_field_of_a_spec_is_looked_at(data: Path, recorded: tuple[Path, An
     assert known.is_of(record) and known.unknown == ()
     other = {
         "method": "clip", "dataset": "voc21", "dataset_version": 99, "arch": "ViT-L-14", "weights": "openai", "dtype": "float16",
-        "arithmetic": 3, "device": "cuda", "weights_sha256": "0", "activation": "gelu", "window_batch": 7, "compile_mode": "default", "limit": 5,
-        "seed": 9, "name": "x", "overrides": ["crop"], "short_side": 11, "long_side": 12, "crop": 999, "stride": 13,
+        "device": "cuda", "weights_sha256": "0", "activation": "gelu", "window_batch": 7, "compile_mode": "default", "limit": 5,
+        "seed": 9, "arithmetic": 3, "name": "x", "overrides": ["crop"], "short_side": 11, "long_side": 12, "crop": 999, "stride": 13,
         "patch_pad": "none", "pos_interp": "size", "logit_scale": 1.5, "prob_thd": 0.9, "area_thd": 0.9,
         "area_rule": "next-best", "upsample": "jbu", "pamr": 4, "pamr_dilations": [1], "scales": [0.5], "flip": True,
         "square": 640, "global_view": True, "wording": "x", "wording_sha256": "0", "templates": "x", "templates_sha256": "0",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import OvbenchWarning, UsageError, unknown_name
 from ovbench.models.backbone_constants import Backbone, Constants, constants_of, in_force
+from ovbench.models.base import Stage
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.full_precision import product
 from ovbench.ops.patch_logits import PatchLogits
@@ -43,9 +42,6 @@ class Vocabulary:
     logit_scale: float
 
 
-Stage = Callable[[str], AbstractContextManager[Any]]  # times a named stage of an image
-
-
 class Method(nn.Module):
     """Base of all training-free methods: override :meth:`features`.
 
@@ -53,7 +49,9 @@ class Method(nn.Module):
         Config: Frozen dataclass of the method's constants, each with its source beside it.
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
+        POLICIES: Which parameters can be trained; the first is the recipes' own.
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        FIXED_BY_TRAINING: A trained file's options cannot be changed.
         ARITHMETIC: Version of what is computed in which precision in bfloat16 and float16, so that records of before and
             after a change are not taken for one run; see ``RunSpec.arithmetic``.
         BACKBONES: Constants by backbone, a literal; see :mod:`ovbench.models.backbone_constants`. Empty where none depends
@@ -67,10 +65,13 @@ class Method(nn.Module):
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
+    POLICIES: ClassVar[tuple[str, ...]] = ()
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
     ARITHMETIC: ClassVar[int] = 2
     BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {}
     ELSEWHERE: ClassVar[str] = ""
+    FIXED_BY_TRAINING: ClassVar[bool] = False
+    takes_segments: ClassVar[bool] = False  # losses are taken on true segments where the data has them
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
@@ -161,6 +162,14 @@ class Method(nn.Module):
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""
         raise UsageError(f"{type(self).__name__} proposes no masks: leave --cache-masks away.")
+
+    def parameter_groups(self, policy: str | None = None) -> list[dict[str, Any]]:
+        """What a policy trains: dicts with ``name``, ``params`` (names), ``lr_mult`` and ``weight_decay_mult``.
+
+        Raises:
+            UsageError: Unknown policy, or a method without any.
+        """
+        raise UsageError(f"{type(self).__name__} is training-free: there is nothing to train.")
 
     def features(self, images: Tensor) -> Tensor:
         """Dense features (B, h, w, D), not normalised, of normalised images (B, 3, H, W)."""
