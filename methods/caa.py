@@ -37,10 +37,10 @@ from ovbench.ops.affinity import (
     affinity_loss,
     associate,
     class_centers,
-    full_precision,
     intra_and_inter,
     labels_on_grid,
 )
+from ovbench.ops.full_precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.models.method import Method
+from ovbench.models.trained_file import read_about
 from ovbench.networks.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
 from ovbench.networks.cost_aggregation import checkpoint
 from ovbench.networks.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
@@ -92,6 +93,12 @@ class CATSeg(Method):
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
     MODEL = "ovbench.models.view_averaging:ViewModel"
+    ARITHMETIC = 1  # its correlation has always been float32
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {  # blocks that guide the decoder, see __init__
+        "ViT-B/16": {"source": "public code, layer_indexes 3 and 7", "values": {}},
+        "ViT-L/14": {"source": "public code, layer_indexes 7 and 15", "values": {}},
+    }
+    ELSEWHERE = "the decoder is guided by blocks at a third and two thirds of the depth"
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {"coco_stuff": COCO_STUFF}
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
     FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds
@@ -169,7 +176,16 @@ class CATSeg(Method):
     def _from_checkpoint(cls, state: dict[str, Any], path: Path, config: Any, activation: Any, seed: int) -> CATSeg:
         """The method from a state dict with the public names."""
         found = checkpoint.read(state, str(path), cls.PARTS)
-        clip = from_openai_format(found.clip, str(path), sha256_of_file(path), quick=activation != "gelu")
+        about = read_about(path)
+        clip = from_openai_format(
+            found.clip,
+            str(path),
+            sha256_of_file(path),
+            quick=activation != "gelu",
+            path=path,
+            known=None if about is None else about.arch,
+            remedy="put the open_clip_config.json of its CLIP beside the file",
+        )
         window = config.window if found.window is None else found.window
         sizes = checkpoint.read_config(found.head, str(path), window=window, heads=config.heads, keep=config.pad_len)
         method = cls(_as_published(clip), config, sizes=sizes, seed=seed)

@@ -97,6 +97,7 @@ class Discrepancy(Solver):
             raise UsageError(f"The base '{c.base}' is a solver itself: give a dense method, e.g. kk or sc-clip.")
         self.dtype = torch.float32
         self.base: Method = base.build(clip, dict(c.base_options))
+        self.constants = self.base.constants
         its: dict[str, Any] = {"size": c.attention_size, "timestep": c.attention_timestep}
         if c.attention != "sd2":
             its = {"blocks": None if c.attention_blocks is None else str(c.attention_blocks)}

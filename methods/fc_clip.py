@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovbench.models.mask_method import Classified, MaskMethod, Words
 from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
+from ovbench.ops.full_precision import product
 from ovbench.ops.masks import mask_pool
 
 METHODS = {
@@ -33,7 +34,7 @@ class FCCLIP(MaskMethod):
     def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
         """Cosines of pooled features with the words."""
         pooled = self.embeddings(self.maps(images), masks)
-        return Classified(pooled @ words.text.T * words.logit_scale, masks)
+        return Classified(product(pooled, words.text.T) * words.logit_scale, masks)
 
     def maps(self, images: Tensor) -> Tensor:
         """Dense features (B, C, h, w) of normalised images (B, 3, H, W); of a ViT in the joint space."""

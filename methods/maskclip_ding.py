@@ -16,6 +16,7 @@ from torch import Tensor
 from ovbench.errors import WeightsError
 from ovbench.models.mask_method import Classified, MaskMethod, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.ops.full_precision import product
 from ovbench.ops.masks import touched_patches
 
 METHODS = {
@@ -53,7 +54,7 @@ class MaskCLIPDing(MaskMethod):
     def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
         """Cosines of the mask tokens with the words."""
         embeddings = F.normalize(self.mask_embeddings(images, masks, words.text).float(), dim=-1)
-        return Classified(embeddings @ words.text.T * words.logit_scale, masks)
+        return Classified(product(embeddings, words.text.T) * words.logit_scale, masks)
 
     def mask_embeddings(self, images: Tensor, masks: Tensor, text: Tensor) -> Tensor:
         """Embeddings (B, M, D), not normalised, of masks (B, M, h, w) in normalised images (B, 3, H, W)."""

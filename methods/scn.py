@@ -25,6 +25,7 @@ from ovbench.errors import UsageError
 from ovbench.methods.fc_clip import FCCLIP  # type: ignore[import-not-found]
 from ovbench.models.mask_method import Classified, MaskConfig, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.ops.full_precision import product
 from ovbench.ops.mask_losses import LossWeights
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class ClassRelations(nn.Module):
         """What is added to logits (B, M, Q), from pseudo-texts (B, Q, D)."""
         q, k = (layer(text).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k))
         attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, Q, Q)
-        moved = logits[:, None] @ attention.transpose(-1, -2) - logits[:, None]
+        moved = product(logits[:, None], attention.transpose(-1, -2)) - logits[:, None]
         added: Tensor = (self.gamma[:, None, None] * moved).sum(dim=1)
         return added
 
@@ -164,11 +165,11 @@ class SCN(FCCLIP):  # type: ignore[misc]
             maps = self.maps(images)
             pooled = self.embeddings(maps, masks)
         scale, text = words.logit_scale, words.text
-        frozen = pooled @ text.T * scale
+        frozen = product(pooled, text.T) * scale
         if self.pseudo is None or self.relations is None:
             return Classified(frozen, masks)
         change = self.pseudo(text, maps)  # (B, Q, D)
-        second = frozen + pooled @ change.transpose(1, 2) * scale
+        second = frozen + product(pooled, change.transpose(1, 2)) * scale
         third = second + self.relations(second, text + change)
         shares = pooled.new_full((*pooled.shape[:2], 3), 1 / 3) if self.gate is None else self.gate(pooled).softmax(-1)
         # the same as shares @ (frozen, second, third), and exactly the first where all are equal

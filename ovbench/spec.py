@@ -131,7 +131,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     Args:
         name: Preset, or ``"paper"`` for the preset of ``method``.
         benchmark: Benchmark id; None gives the preset's defaults (used by ``predict``).
-        method: Method id, needed for ``"paper"``.
+        method: Method id, needed for ``"paper"``; some presets have values of their own for a baseline.
         **overrides: Fields of :class:`Protocol`; None means "not set".
 
     Raises:
@@ -147,6 +147,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     if name not in presets:
         raise unknown_name("protocol", name, [*presets, "paper"], "ovbench list protocols")
     fields: dict[str, Any] = {**presets[name]["defaults"], **presets[name]["benchmarks"].get(benchmark, {})}
+    fields |= presets[name].get("methods", {}).get(method, {}).get("benchmarks", {}).get(benchmark, {})
     before = Protocol(name=name, **fields)
     changed = {key: value for key, value in overrides.items() if value is not None}
     known = set(Protocol.model_fields) - {"name", "overrides"}
@@ -175,6 +176,12 @@ class RunSpec(BaseModel):
     arch: str | None = Field(None, description="open_clip architecture; None until read from an OpenAI-format file")
     weights: str = Field("openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name")
     dtype: DType = Field("float32", description="precision of the network; softmax and accumulation stay float32")
+    arithmetic: int = Field(
+        1,
+        ge=1,
+        description="version of what a method computes in which precision, where dtype is not float32; filled in by the run; 2: "
+        "products of features and words are float32",
+    )
     device: str = Field("cpu", description="cpu or cuda (index left out)")
     weights_sha256: str | None = Field(None, description="hash of the weights used; filled in by the run")
     activation: Literal["auto", "gelu", "quickgelu"] = Field(
@@ -223,13 +230,15 @@ class RunSpec(BaseModel):
     def spec_hash(self) -> str:
         """sha256 over the canonical JSON of all fields: equal hashes are the same run.
 
-        Fields of the protocol that came later count only where they differ from their default, which is what was done
-        before they existed: so a run keeps its hash.
+        Fields that came later count only where they differ from their default, which is what was done before they existed:
+        so a run keeps its hash.
         """
         content = self.model_dump(mode="json")
         for name in ADDED_LATER:
             if getattr(self.protocol, name) == Protocol.model_fields[name].default:
                 del content["protocol"][name]
+        if self.arithmetic == 1:
+            del content["arithmetic"]
         return sha256_of(content)
 
 

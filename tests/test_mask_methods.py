@@ -135,6 +135,29 @@ def test_the_model_is_batch_invariant(name, window_batch, clip):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_logits_of_lower_precision_are_float32_products(name, weights, monkeypatch):
+    """Of the embeddings that the network gave: the last product, and pooling, are no part of it."""
+    method = build(name, load_clip(weights))
+    owner, part = (type(method), "embeddings") if hasattr(method, "embeddings") else (type(method), "mask_embeddings")
+    own, seen = getattr(owner, part), []
+
+    def kept(self, *args):
+        seen.append(own(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(owner, part, kept)
+    vocabulary = words(5, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = method.classify(images(method.clip), masks(3), vocabulary)
+    exact = torch.nn.functional.normalize(seen[0].double(), dim=-1) @ vocabulary.text.double().T
+    cosines = found.logits.double() / vocabulary.logit_scale
+    if name == "scn":  # logarithms of probabilities, of logits that are its base's before training
+        exact = (exact * 100).log_softmax(dim=-1) / 100
+    assert found.logits.dtype == torch.float32
+    assert (cosines - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_is_close(name, dtype, weights):
     found = []

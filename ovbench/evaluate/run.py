@@ -140,11 +140,12 @@ def _evaluate(state: State) -> None:
         classes, protocol = classes_of(benchmark, spec)
         built = _build(spec, classes, protocol, options.cache_masks)
     state.add_partial_reason(built.partial)
-    state.weights_sha256 = built.weights_sha256
+    state.weights_sha256, state.constants = built.weights_sha256, built.constants
     path = user_path(spec.weights)
     state.spec = spec.model_copy(
         update={
             **built.spec_fields(),
+            "arithmetic": built.arithmetic,
             "protocol": protocol,
             "dataset": benchmark.name,
             "dataset_version": benchmark.version,
@@ -231,6 +232,7 @@ def _store(state: State, status: str, reason: str | None) -> tuple[records.RunRe
         demo=spec.demo,
         reason=reason,
         failures=_failures(state),
+        constants=state.constants,
     )
     return record, store.write(record, state.options.results)
 

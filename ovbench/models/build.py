@@ -69,6 +69,8 @@ class Built:
         weights_sha256: Hash of the weights; None for random ones of a closed-set network.
         demo: The weights were trained on generated scenes.
         partial: Why a run of this model is no result; None where it is one.
+        constants: For which backbone the method's constants were published; None where none depends on it.
+        arithmetic: As of a run's spec.
     """
 
     model: Model
@@ -79,6 +81,8 @@ class Built:
     weights_sha256: str | None
     demo: bool
     partial: str | None
+    constants: str | None
+    arithmetic: int
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of a run's or a profile's spec that are known now."""
@@ -114,6 +118,8 @@ def build(spec: ModelSpec) -> Built:
         weights_sha256=digest,
         demo=resolved.demo,
         partial="; ".join(filter(None, reasons)) or None,
+        constants=model.constants,
+        arithmetic=1 if make is _closed_set else resolved.cls.arithmetic(spec.dtype),
     )
 
 

@@ -173,7 +173,8 @@ class MaskMethod(Method):
             load_strictly(clip.clip, own, str(path), about.arch)
             clip.weights, clip.weights_sha256 = str(path), digest
         else:
-            clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=trained_with != "gelu")
+            quick = trained_with != "gelu"
+            clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=quick, path=path)
         method = cls(clip, config, seed=seed)
         method._fill({key: value for key, value in state.items() if not key.startswith(_CLIP)}, str(path))
         method.seen_words = frozenset(name.strip() for name in about.class_names)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.activation import OPENAI_EXTRAS, Activation, is_quick
+from ovbench.networks.clip_heads import HEAD_WIDTH, REMEDY, Shapes, heads_of
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.eva_clip import is_eva, plain_vit
 from ovbench.networks.state_dict import read_state_dict
@@ -112,7 +113,8 @@ def _looks_like_path(weights: str) -> bool:
 def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:
     state = read_state_dict(path)
     digest = sha256_of_file(path)
-    return _openai_format(state, str(path), digest, None, is_quick(path, digest, state, activation, None, None))
+    config = openai_config(state, str(path), path=path, digest=digest)  # first: a wrong layout is the plainer error
+    return _openai_format(state, str(path), digest, config, is_quick(path, digest, state, activation, None, None))
 
 
 def _from_file(path: Path, arch: str, activation: Activation) -> LoadedCLIP:
@@ -138,7 +140,15 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
 
 
 def from_openai_format(
-    state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, quick: bool = True
+    state: dict[str, Any],
+    name: str,
+    digest: str,
+    *,
+    arch: str | None = None,
+    quick: bool = True,
+    path: Path | None = None,
+    known: str | None = None,
+    remedy: str = REMEDY,
 ) -> DenseCLIP:
     """A CLIP from a state dict in OpenAI's format, its sizes read from the shapes.
 
@@ -148,34 +158,50 @@ def from_openai_format(
         digest: SHA-256 of that.
         arch: Name of the architecture, for records.
         quick: QuickGELU, as all of OpenAI's are.
+        path: The file, beside which a config may lie; see :func:`ovbench.networks.clip_heads.heads_of`, as for the next two.
+        known: Architecture that is known to be in it.
+        remedy: What the user can do where nothing tells the heads.
 
     Raises:
-        WeightsError: Tensors are missing, surplus or of another shape.
+        WeightsError: Tensors are missing, surplus or of another shape, or nothing tells the heads.
     """
-    return DenseCLIP(**vars(_openai_format(state, name, digest, arch, quick)))
+    config = openai_config(state, name, path=path, digest=digest, known=known or arch, remedy=remedy)
+    return DenseCLIP(**vars(_openai_format(state, name, digest, config, quick, arch)))
 
 
-def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | None, quick: bool) -> LoadedCLIP:
+def _openai_format(
+    state: dict[str, Any], name: str, digest: str, config: dict[str, Any], quick: bool, arch: str | None = None
+) -> LoadedCLIP:
     from open_clip.model import CLIP
 
-    config = openai_config(state, name)
     model = CLIP(**config, quick_gelu=quick)
-    arch = arch or openai_format_arch(state, name)
+    arch = arch or _arch_of(config)
     load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
     return _described(model, arch, name, digest, quick)
 
 
-def openai_format_arch(state: Mapping[str, Any], name: str) -> str:
-    """What records call the architecture of a state dict in OpenAI's format; raises as :func:`openai_config`."""
-    vision = openai_config(state, name)["vision_cfg"]
-    return f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+def openai_format_arch(state: Mapping[str, Any], name: str, **evidence: Any) -> str:
+    """What records call the architecture of a state dict in OpenAI's format; as :func:`openai_config`."""
+    return _arch_of(openai_config(state, name, **evidence))
 
 
-def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Arguments of open_clip's ``CLIP`` read from the shapes of an OpenAI-format state dict (heads = width / 64).
+def _arch_of(config: Mapping[str, Any]) -> str:
+    vision = config["vision_cfg"]
+    shapes = f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+    # before heads were looked for, all were 64 wide: such a file's records must not be taken for those of before
+    return shapes if vision["head_width"] == HEAD_WIDTH else f"{shapes}-{vision['width'] // vision['head_width']}heads"
+
+
+def openai_config(state: Mapping[str, Any], name: str, **evidence: Any) -> dict[str, Any]:
+    """Arguments of open_clip's ``CLIP`` read from the shapes of an OpenAI-format state dict.
+
+    Args:
+        state: The tensors.
+        name: Where they come from, for messages.
+        **evidence: Of the number of heads, which shapes do not tell: see :func:`ovbench.networks.clip_heads.heads_of`.
 
     Raises:
-        WeightsError: Not a CLIP ViT in OpenAI's format; names what is missing.
+        WeightsError: Not a CLIP ViT in OpenAI's format (names what is missing), or nothing tells the heads.
     """
     needed = [
         "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "text_projection",
@@ -194,12 +220,14 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     width, _, patch, _ = state["visual.conv1.weight"].shape
     grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     text_width = int(state["ln_final.weight"].shape[0])
+    depth = layers("visual.transformer.resblocks.")
+    heads = heads_of(Shapes(int(width), depth, int(patch), text_width), state, name, **evidence)
     return {
         "embed_dim": int(state["text_projection"].shape[1]),
         "vision_cfg": {
-            "layers": layers("visual.transformer.resblocks."),
+            "layers": depth,
             "width": int(width),
-            "head_width": 64,
+            "head_width": int(width) // heads.vision,
             "patch_size": int(patch),
             "image_size": grid * int(patch),
         },
@@ -207,7 +235,7 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
             "context_length": int(state["positional_embedding"].shape[0]),
             "vocab_size": int(state["token_embedding.weight"].shape[0]),
             "width": text_width,
-            "heads": max(1, text_width // 64),
+            "heads": heads.text,
             "layers": layers("transformer.resblocks."),
         },
     }

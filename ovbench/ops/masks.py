@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.ops.assemble import linear_weights, strips
+from ovbench.ops.full_precision import product
 
 NOWHERE = -1e4  # logit of a mask that is inside nowhere: what rows are padded with
 
@@ -80,7 +81,7 @@ def mask_pool(features: Tensor, masks: Tensor) -> Tensor:
         masks = F.interpolate(masks, size=grid, mode="bilinear", align_corners=False)
     inside = (masks >= 0).flatten(2).float()  # (B, M, N)
     area = inside.sum(dim=-1, keepdim=True).clamp(min=1)
-    pooled: Tensor = (inside @ features.float().flatten(2).transpose(1, 2)) / area
+    pooled: Tensor = product(inside, features.flatten(2).transpose(1, 2)) / area
     return pooled
 
 
