@@ -249,7 +249,8 @@ class FISA(MaskCLIPDing):  # type: ignore[misc]
             return heads
         block: Any = self.clip.blocks[index]
         added = self._lora(block.ln_1(x), index, projection)
-        return heads + added.unflatten(-1, (heads.shape[1], -1)).transpose(1, 2)
+        moved: Tensor = heads + added.unflatten(-1, (heads.shape[1], -1)).transpose(1, 2)
+        return moved
 
     def _lora(self, x: Tensor, index: int, projection: str) -> Tensor:
         """LoRA's product (B, T, C) on what a projection is given (B, T, C)."""

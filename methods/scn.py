@@ -163,7 +163,8 @@ class SCN(FCCLIP):  # type: ignore[misc]
 
     def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
         """Calibrated logits of the words; with the ensemble, of the classes, logarithms of what probabilities are equal to
-        but for a factor."""
+        but for a factor.
+        """
         with torch.no_grad():  # CLIP is frozen
             maps = self.maps(images)
             embeddings = self.embeddings(maps, masks)

@@ -148,7 +148,9 @@ class MaskMethod(Method):
         """As the base's; says where what was an option before has gone."""
         for name in options:
             if name.replace("-", "_") in ("object_thd", "overlap_thd"):
-                raise UsageError(f"{name} is a field of the protocol: --{name.replace('_', '-')} in place of an option.")
+                raise UsageError(
+                    f"{name} is a field of the protocol: --{name.replace('_', '-')} in place of an option."
+                )
         return super().configure(options)
 
     @classmethod
@@ -320,7 +322,9 @@ class MaskMethod(Method):
         """Masks (B, M, h, w) of crops (B, 3, H, W), RGB 0..255, with gradients only where the generator is trained."""
         pictures = images.to(torch.uint8)
         if self.generator.needs_names:
-            raise UsageError("The generator 'files' has masks of whole images, not of training crops: train with another.")
+            raise UsageError(
+                "The generator 'files' has masks of whole images, not of training crops: train with another."
+            )
         known = [own.ids for own in truth] if self.generator.needs_truth else []
         if self.trains_generator:
             masks = [found.masks for found in self.generator.propose_same_size(pictures, known)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +197,7 @@ class MaskModel(OpenVocabModel):
         with self.stage("decide"):
             return [self._judged(one, own, truth) for one, own, truth in zip(found, proposals, known, strict=True)]
 
-    def _classify(
-        self, images: list[Tensor], proposals: list[Proposals], names: Sequence[str] | None
-    ) -> list[_Answer]:
+    def _classify(self, images: list[Tensor], proposals: list[Proposals], names: Sequence[str] | None) -> list[_Answer]:
         """What the network says of each image."""
         found: dict[int, _Answer] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -214,7 +212,9 @@ class MaskModel(OpenVocabModel):
             for first in range(0, len(members), step):
                 some = members[first : first + step]
                 for index, one in zip(some, self._forward_some(some, images, spanning, count), strict=True):
-                    found[index] = one._replace(masks=self._cut(one.masks, spanning[index], images[index], proposals[index]))
+                    found[index] = one._replace(
+                        masks=self._cut(one.masks, spanning[index], images[index], proposals[index])
+                    )
         for index, one in found.items():
             if not bool(one.logits.isfinite().all()):
                 name = names[index] if names else f"image {index} of the batch"
@@ -222,9 +222,7 @@ class MaskModel(OpenVocabModel):
                 raise RunError(f"NaN or infinity in the mask logits of {name} ({self.dtype}). {advice}")
         return [found[index] for index in range(len(images))]
 
-    def _forward_some(
-        self, some: list[int], images: list[Tensor], spanning: list[Tensor], count: int
-    ) -> list[_Answer]:
+    def _forward_some(self, some: list[int], images: list[Tensor], spanning: list[Tensor], count: int) -> list[_Answer]:
         """As :meth:`_classify`, of images that fit into one forward; with half of them where memory runs out.
 
         Args:
@@ -239,7 +237,8 @@ class MaskModel(OpenVocabModel):
         try:
             batch = torch.cat([self.network_input(images[index][None]) for index in some])
             masks = padded(
-                [spanning[index].to(self.device) for index in some], count or max(len(spanning[index]) for index in some)
+                [spanning[index].to(self.device) for index in some],
+                count or max(len(spanning[index]) for index in some),
             )
             if self.window_batch and len(some) < self.window_batch:
                 rest = self.window_batch - len(some)
@@ -317,6 +316,20 @@ class MaskModel(OpenVocabModel):
             overlap_thd=p.overlap_thd,
         )
         return labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool))
+
+    def arrays(self, found: ImageMasks) -> dict[str, Any]:
+        """What is known of one image's masks, as arrays to be saved.
+
+        ``masks`` (M, h, w): logits, float32, a pixel inside where at least 0; ``embeddings`` (M, D): float32, not
+        normalised; ``logits`` (M, K): scaled cosines with each class's best word, or what the method makes of them;
+        ``scores`` (M, K): class probabilities; ``words`` (Q,) and ``word_class`` (Q,), int64.
+        """
+        embeddings = found.embeddings
+        if embeddings is None:
+            embeddings = found.masks.new_zeros(0, self.clip.embed_dim)
+        tensors = {"masks": found.masks.float(), "embeddings": embeddings, "logits": found.logits,
+                   "scores": found.probabilities, "word_class": self.word_class}  # fmt: skip
+        return {**{name: value.cpu().numpy() for name, value in tensors.items()}, "words": self.query_words}  # type: ignore[operator]
 
     def predict_labels(
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None

@@ -109,7 +109,11 @@ def touched_patches(masks: Tensor, grid: tuple[int, int], size: tuple[int, int])
         part = masks[:, first : first + MASKS_AT_ONCE].float()
         if tuple(part.shape[-2:]) != size:
             part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-        found[:, first : first + MASKS_AT_ONCE] = F.adaptive_max_pool2d(part, grid).flatten(2) >= 0
+        if part.shape[-2] % grid[0] or part.shape[-1] % grid[1]:
+            pooled = F.adaptive_max_pool2d(part, grid)
+        else:  # the same, faster
+            pooled = F.max_pool2d(part, (part.shape[-2] // grid[0], part.shape[-1] // grid[1]))
+        found[:, first : first + MASKS_AT_ONCE] = pooled.flatten(2) >= 0
     return found
 
 
