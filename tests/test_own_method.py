@@ -191,7 +191,7 @@ def test_a_dumped_config_builds_the_method(own: Path, weights: str) -> None:
     from mmengine.config import Config
 
     from ovbench.evaluate.config import dump_config
-    from ovbench.evaluate.run import RunOptions
+    from ovbench.evaluate.state import RunOptions
     from ovbench.mm.segmentor import MODELS
     from ovbench.spec import RunSpec
 

@@ -97,7 +97,6 @@ class MaskMethod(Method):
     """Base of all mask-based methods: override :meth:`classify`.
 
     Class attributes:
-        POLICIES: Which parameters can be trained; the first is the recipes' own.
         LOSS: Weights of the losses.
         POS_INTERP: How position embeddings are resized in training; in evaluation the protocol says it.
         PAD_COLOUR: RGB 0..255 of what the protocol pads images with; None is CLIP's mean.
@@ -115,7 +114,6 @@ class MaskMethod(Method):
     Config = MaskConfig
     MODEL: ClassVar[str] = "ovbench.models.mask_model:MaskModel"
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"generator": "grid"}
-    POLICIES: ClassVar[tuple[str, ...]] = ()
     LOSS: ClassVar[LossWeights] = LossWeights()
     POS_INTERP: ClassVar[Literal["size", "bilinear"]] = "size"
     PAD_COLOUR: ClassVar[tuple[float, float, float] | None] = None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
+from ovbench.models.base import Prediction
 from ovbench.models.mask_method import MaskMethod, Words, seen_classes, whole_patches
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.mask_generators.generator import Proposals
@@ -86,7 +87,7 @@ class MaskModel(OpenVocabModel):
     """
 
     takes_views = True
-    gives_segments = True
+    gives_segments = True  # after set_things
     method: MaskMethod
 
     def __init__(
@@ -168,6 +169,10 @@ class MaskModel(OpenVocabModel):
         count = self.method.config.masks
         masks = example_masks(count, (batch.shape[-2] // 4, batch.shape[-1] // 4)).to(batch.device)
         return self.method.classify(batch, masks.expand(batch.shape[0], -1, -1, -1), self.vocabulary()).logits
+
+    def forward_in_words(self) -> str:
+        """One forward, as records say it."""
+        return f"one forward with {self.method.config.masks} masks, the generator left out"
 
     @torch.inference_mode()
     def classified(
@@ -286,7 +291,7 @@ class MaskModel(OpenVocabModel):
         sizes: Sequence[tuple[int, int]],
         names: Sequence[str] | None = None,
         truths: Sequence[Segments | None] | None = None,
-    ) -> list[tuple[Tensor, Segments | None]]:
+    ) -> list[Prediction]:
         """Label map (H, W), int64, and segments of each image; no segments before :meth:`set_things`.
 
         Args:
@@ -302,10 +307,10 @@ class MaskModel(OpenVocabModel):
         with self.stage("decide"):
             return [self._output(one, size) for one, size in zip(found, sizes, strict=True)]
 
-    def _output(self, found: ImageMasks, size: tuple[int, int]) -> tuple[Tensor, Segments | None]:
+    def _output(self, found: ImageMasks, size: tuple[int, int]) -> Prediction:
         labels = self.decide(found, size)
         if self.things is None:
-            return labels, None
+            return Prediction(labels)
         p = self.protocol
         ids, classes = panoptic_ids(
             found.probabilities,
@@ -315,7 +320,7 @@ class MaskModel(OpenVocabModel):
             object_thd=p.object_thd,
             overlap_thd=p.overlap_thd,
         )
-        return labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool))
+        return Prediction(labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool)))
 
     def arrays(self, found: ImageMasks) -> dict[str, Any]:
         """What is known of one image's masks, as arrays to be saved.
@@ -335,7 +340,7 @@ class MaskModel(OpenVocabModel):
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
     ) -> list[Tensor]:
         """Label maps, one (H, W) int64 tensor per image; see :meth:`predict`."""
-        return [labels for labels, _ in self.predict(images, sizes, names)]
+        return [found.labels for found in self.predict(images, sizes, names)]
 
     @torch.inference_mode()
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
