@@ -25,6 +25,10 @@ ADDED_LATER = (
     "flip",
     "square",
     "global_view",
+    "clip_resize",
+    "pad",
+    "object_thd",
+    "overlap_thd",
 )  # fields of Protocol that the first released records do not have
 
 
@@ -80,6 +84,21 @@ class Protocol(BaseModel):
     global_view: bool = Field(
         False,
         description="average the windows' probabilities with those of the whole image at the crop's size (cat-seg)",
+    )
+    clip_resize: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how the image is resized to what CLIP sees beside a mask generator; no antialiasing"
+    )
+    pad: int = Field(
+        0,
+        ge=0,
+        description="mask-based: before CLIP, pad the image with its mean colour at the right and bottom to multiples of this "
+        "(of the patch where that does not divide it), as detectron2 does; 0 = resize to whole patches",
+    )
+    object_thd: float = Field(
+        0.0, ge=0, le=1, description="mask-based, panoptic: masks whose best class is not more probable are left out"
+    )
+    overlap_thd: float = Field(
+        0.8, ge=0, le=1, description="mask-based, panoptic: a mask that keeps less of its own area is dropped"
     )
     wording: str = Field("sclip", description="named class word list of the benchmark")
     wording_sha256: str | None = Field(None, description="hash of the words used; filled in by the run")

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from ovbench.words.class_list import ClassEntry
 
 # What --write may name, and how the file of each is called.
-KINDS = {"labels": "-labels.png", "overlay": "-overlay.png", "logits": "-logits.npz", "features": "-features.npz"}
+KINDS = {
+    "labels": "-labels.png",
+    "overlay": "-overlay.png",
+    "logits": "-logits.npz",
+    "features": "-features.npz",
+    "masks": "-masks.npz",
+}
 SHOWN = 10  # classes printed for one picture
 IN_LINE = 3  # classes printed for one of many
 
@@ -40,8 +46,9 @@ def predict(
     out: Annotated[Path | None, typer.Option("--out", help="Label PNG with a palette (class number per pixel).")] = None,
     overlay: Annotated[Path | None, typer.Option("--overlay", "-o", help="Picture with the classes laid over it and a legend. Default without any output: IMAGE-overlay.png.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out-dir", help="Folder for the results of several pictures: NAME-labels.png and NAME-overlay.png.")] = None,
-    write: Annotated[str | None, typer.Option("--write", help="What goes to --out-dir: some of labels, overlay, logits, features.  [default: labels,overlay]")] = None,
+    write: Annotated[str | None, typer.Option("--write", help="What goes to --out-dir: some of labels, overlay, logits, features, masks.  [default: labels,overlay]")] = None,
     save_logits: Annotated[Path | None, typer.Option(help="npz: seg_logits (Q, H, W) float32, cosine, before scale and softmax.")] = None,
+    save_masks: Annotated[Path | None, typer.Option(help="Mask-based methods, npz: masks (M, h, w) as logits, their embeddings (M, D) and scores (M, classes), words.")] = None,
     save_features: Annotated[Path | None, typer.Option(help="npz: features (N, D) float32 of the whole image, row by row, and grid (h, w).")] = None,
     short_side: Annotated[int | None, typer.Option(min=0, help="Resize the short side to this many pixels; 0 = as it is. Default: the preset's.")] = None,
     mode: Annotated[str | None, typer.Option(help="slide or whole.")] = None,
@@ -50,9 +57,11 @@ def predict(
     logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.")] = None,
     prob_thd: Annotated[float | None, typer.Option(help="Below this probability: the first class.")] = None,
     area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
-    templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
+    templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), fc-clip, lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
     square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees beside a mask generator; 0 = off.")] = None,
+    pad: Annotated[int | None, typer.Option(min=0, help="Mask-based: pad the picture to multiples of this before CLIP sees it; 0 = off.")] = None,
+    clip_resize: Annotated[str | None, typer.Option(help="Mask-based: how the picture is resized for CLIP, bilinear or bicubic.")] = None,
     pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.")] = None,
     upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,
     pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.")] = None,
@@ -76,7 +85,7 @@ def predict(
     method, options = choose(method or default, solver, base, attention, attention_weights, parse_options(option or []))
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
-    targets = Targets(out, overlay, save_logits, save_features)
+    targets = Targets(out, overlay, save_logits, save_features, save_masks)
     many = out_dir is not None or len(images) > 1 or images[0].is_dir()
     kinds = _require_fitting(targets, out_dir, write, many)
     if not many and targets.empty and not json:
@@ -88,7 +97,8 @@ def predict(
         "window_batch": window_batch, "seed": seed, "method_options": options,
         "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
         "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
-        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr, "square": square,
+        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr, "square": square, "pad": pad,
+        "clip_resize": clip_resize,
     }  # fmt: skip
     facts = {"method": method, "weights": source, "demo": source == "builtin"}
     if many:
@@ -106,6 +116,7 @@ class Targets:
     overlay: Path | None = None
     logits: Path | None = None
     features: Path | None = None
+    masks: Path | None = None
 
     @property
     def empty(self) -> bool:
@@ -163,6 +174,10 @@ class Predictor:
 
         image = pictures.read_rgb(path)
         model, (height, width) = self.model(), image.shape[:2]
+        if targets.masks is not None and not model.gives_segments:
+            raise UsageError(
+                f"{self.method} has no masks to save: choose a mask-based method ('ovbench list methods')."
+            )
         small = pictures.resize_short_side(image, model.protocol.short_side, model.protocol.long_side)
         network_input = torch.from_numpy(small).permute(2, 0, 1)
         arrays: dict[str, dict[str, Any]] = {}
@@ -176,6 +191,8 @@ class Predictor:
                 features = model.dense_features(network_input).cpu().numpy()
                 h, w, _ = features.shape
                 arrays["features"] = {"features": features.reshape(h * w, -1), "grid": [h, w]}
+            if targets.masks is not None:
+                arrays["masks"] = {**model.arrays(found), "classes": self.names}  # type: ignore[operator]
         palette = colours.for_classes(self.names)
         for kind, target in targets.given().items():
             with _writing(target):
@@ -226,7 +243,10 @@ def _require_fitting(targets: Targets, out_dir: Path | None, write: str | None, 
     if out_dir is None:
         raise UsageError("Several pictures need a folder for their results: give --out-dir DIR.")
     if not targets.empty:
-        options = {"labels": "--out", "overlay": "--overlay", "logits": "--save-logits", "features": "--save-features"}
+        options = {
+            "labels": "--out", "overlay": "--overlay", "logits": "--save-logits", "features": "--save-features",
+            "masks": "--save-masks",
+        }  # fmt: skip
         named = ", ".join(options[kind] for kind in targets.given())
         raise UsageError(
             f"{named} names the file of one picture. With --out-dir choose what is written with --write, e.g. --write "

@@ -27,6 +27,7 @@ class About(BaseModel):
     arch: str = Field(description="encoder, or open_clip architecture")
     dataset: str = Field(description="benchmark it was trained on")
     class_names: list[str] = Field(description="classes in label order")
+    words: list[str] = Field([], description="word of each class as trained; empty: see class_names")
     training: str = Field(description="id of the training's record")
     spec_hash: str = Field(description="hash of the training's spec")
     iterations: int = Field(description="iterations done")

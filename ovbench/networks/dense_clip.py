@@ -248,11 +248,17 @@ class DenseCLIP(FrozenCLIP):
         heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
         return self.finish_block(index, x, heads, rule)
 
-    def finish_block(self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None) -> Tensor:
-        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d)."""
+    def finish_block(
+        self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d).
+
+        ``added`` (B, T, C) joins what the attention's output projection gives.
+        """
         block: Any = self.blocks[index]
         rule = rule or LastBlock()
-        out = block.ls_1(self.merge_heads(heads, index))
+        merged = self.merge_heads(heads, index)
+        out = block.ls_1(merged if added is None else merged + added)
         if rule.residual:
             out = x + out
         if rule.mlp:

@@ -94,7 +94,7 @@ def open_vocabulary_subject(
     resolved = resolve(method, weights, options)
     preset = protocol("paper", benchmark.name, method=method)
     wording = preset.wording if preset.wording in benchmark.wordings else benchmark.wordings[0]
-    words = [entry[0] for entry in benchmark.words(wording)]
+    words = trained_words(benchmark, wording)
     chosen = prompts(sentences or preset.templates)
     built = resolved.cls.load(weights, arch, resolved.config, seed=seed, device=device, training=True)
     built.set_training_classes(words, chosen)
@@ -113,6 +113,11 @@ def open_vocabulary_subject(
         weights_sha256=built.clip.weights_sha256,
         exported=exported,
     )
+
+
+def trained_words(benchmark: Any, wording: str) -> list[str]:
+    """The word that each class of a benchmark is trained by: the first one under a wording."""
+    return [entry[0] for entry in benchmark.words(wording)]
 
 
 def closed_set_subject(

@@ -137,6 +137,11 @@ def plan(
         small = {**DEMO_RECIPE, **(DEMO_CLOSED_SET if closed else DEMO_OPEN_VOCABULARY)}
         declared = {benchmark.name: {**kept, **small}}
         method_options = {**subjects.trial_options(method), **(method_options or {})}
+    if device == "cpu":  # which has no loss scaling
+        declared = {
+            name: {**fields, "amp": "off"} if fields.get("amp") == "float16" else fields
+            for name, fields in declared.items()
+        }
     recipe, moved = recipe_of(declared, benchmark.name, recipe_file, changes)
     require_device(device)
     rank, world = processes.join(where.launcher, device)

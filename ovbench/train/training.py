@@ -19,6 +19,7 @@ from ovbench.results import store
 from ovbench.results.record import Environment, new_run_id
 from ovbench.train import processes
 from ovbench.train import record as records
+from ovbench.train.network import trained_words
 from ovbench.train.plan import Plan, TrainOptions
 from ovbench.train.record import TrainRecord, TrainSpec
 
@@ -201,6 +202,7 @@ def _about(spec: TrainSpec, state: TrainRecord) -> trained_file.About:
         arch=spec.arch,
         dataset=spec.dataset,
         class_names=list(benchmarks.get(spec.dataset).class_names),
+        words=trained_words(benchmarks.get(spec.dataset), spec.wording) if spec.wording else [],
         training=state.train_id,
         spec_hash=state.spec_hash,
         iterations=spec.stop,
