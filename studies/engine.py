@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def straightforward(model: OpenVocabModel, image: Tensor, size: tuple[int, int]) -> Tensor:
+def straightforward(model: Any, image: Tensor, size: tuple[int, int]) -> Tensor:
     """Label map (H, W) of one image (3, h, w) as first written: one window per forward, everything at full size."""
     p, method, clip = model.protocol, model.method, model.clip
     h, w = image.shape[-2:]
@@ -68,7 +68,8 @@ def straightforward(model: OpenVocabModel, image: Tensor, size: tuple[int, int])
     classes = F.one_hot(model.word_class).T.view(model.num_classes, q, 1, 1)
     if model.num_classes != q:
         probs = (probs[None] * classes).max(1)[0]
-    return probs.argmax(0)
+    labels: Tensor = probs.argmax(0)
+    return labels
 
 
 def straightforward_features(method: Any, images: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ def built(a: argparse.Namespace, case: str, dtype: DType) -> tuple[OpenVocabMode
 def measure(a: argparse.Namespace, case: str, dtype: DType) -> dict[str, Any]:
     """Medians and ratios of one case at one precision."""
     model, image, label = built(a, case, dtype)
-    boxes = windows(*image.shape[-2:], model.protocol.crop, model.protocol.stride)
+    height, width = image.shape[-2:]
+    boxes = windows(height, width, model.protocol.crop, model.protocol.stride)
     batch = model.clip.normalise(torch.stack([image[:, t:b, u:r] for t, u, b, r in boxes]))
 
     def plain() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def steps(a: argparse.Namespace) -> dict[str, Callable[[], object]]:
     }
     for name in METHODS:
         cls = method_class(name)
-        method = cls(clip, cls.configure({"generator": "grid"})).to(a.device)
+        method: Any = cls(clip, cls.configure({"generator": "grid"})).to(a.device)
         found[name] = partial(method.classify, image, proposals, words)
     return {name: found[name] for name in ROWS}
 
