@@ -118,6 +118,53 @@ def test_imports_point_down(module, path):
     assert list(_problems(module, ast.parse(path.read_text(encoding="utf-8")))) == []
 
 
+KNOWN: set[frozenset[str]] = {frozenset({"evaluate.run", "evaluate.session"})}
+
+
+def _circles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Modules that reach each other, in sets of two or more."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = edges[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {module: reached(module) for module in edges}
+    together = {frozenset(other for other in reach[module] if module in reach[other]) for module in edges}
+    return {circle for circle in together if circle}
+
+
+def _edges(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """What each module imports of the others, wherever in it; ``__init__`` of the suite, which all names begin with, aside."""
+    found: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        names = [name.partition(".")[2] for name in _imports(tree, module) if name.startswith("ovbench.")]
+        found[module] = {target for name in names if (target := _longest(name, trees)) and target != module}
+    return found
+
+
+def test_modules_do_not_import_each_other():
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in _sources()}
+    assert _circles(_edges(trees)) - KNOWN == set()
+
+
+def test_a_circle_is_found_inside_functions_too():
+    sources = {
+        "a": "from ovbench import b",
+        "b": "def f():\n    from ovbench.c.d import g",
+        "c": "",
+        "c.d": "import ovbench.a",
+        "e": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ovbench.f import x",
+        "f": "import ovbench.e",
+    }
+    circles = _circles(_edges({name: ast.parse(source) for name, source in sources.items()}))
+    assert circles == {frozenset({"a", "b", "c.d"})}
+
+
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
