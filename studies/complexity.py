@@ -14,7 +14,7 @@ Everything is counted on torch's meta device: no weights, no memory, any machine
 For CLIP also `linear + last`: linear and the attention products of one block of twelve, as counters see it that know
 matrix products but no fused kernel, where a method writes the last block's attention out.
 
-Needs diffusers and transformers: pip install 'ovbench[sd2]'.
+Needs diffusers: pip install 'ovbench[sd2]'.
 """
 
 from __future__ import annotations

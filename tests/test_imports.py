@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,6 +218,7 @@ def test_every_method_loads_without_mmseg(run_python):
     assert "torch" in loaded and MM & loaded == set()
 
 
+QUICK_NEVER = {"torch", "open_clip", "pandas", "scipy", "transformers", *MM}
 QUICK = [
     ("--help",),
     ("run", "--help"),
@@ -238,11 +240,33 @@ def test_quick_commands_load_no_torch(run_python, tmp_path, arguments):
     code = (
         "import sys; from ovbench.cli.app import run_command\n"
         f"status = run_command({list(arguments)!r})\n"
-        "print(sorted({'torch', 'open_clip', 'pandas', 'mmseg', 'mmengine', 'mmcv', 'cv2'} & set(sys.modules)), status, "
+        f"print(sorted({QUICK_NEVER} & set(sys.modules)), status, "
         "file=sys.stderr)"
     )
     done = run_python("-c", code, cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+def test_what_is_imported_comes_with_a_plain_install():
+    """Or belongs to an extra, and then only where the extra is spoken of."""
+    text = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    core = set(re.findall(r'^    "([\w-]+)', text.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE))
+    called = {
+        **{"open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml", "mmseg": "mmsegmentation"},
+        **dict.fromkeys(("mmcv", "cv2"), "mmcv-lite"),  # mmcv brings OpenCV
+    }
+    optional = {"diffusers", "fvcore", "mlflow", "ray", "submitit", "wandb", "tensorboard"}
+    for module, path in _sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = set(_imports(tree, module))
+        names |= {
+            str(call.args[0].value)
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "importlib.import_module"
+            if call.args and isinstance(call.args[0], ast.Constant)
+        }
+        tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ovbench"} - optional
+        assert {called.get(top, top) for top in tops} - core == set(), module
 
 
 def test_all_packages_are_declared():

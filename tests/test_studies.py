@@ -80,7 +80,7 @@ def test_discrepancy_speed(run):
 def test_masks_speed(run):
     rows = table(run("masks_speed", *BUILTIN, "--side", "64", "--masks", "4", "--classes", "3", "--memory"))
     assert [row[0] for row in rows] == ["plain tower", "maskclip-ding", "fisa", "fc-clip", "scn", "straightforward"]
-    gmacs = {row[0]: float(row[1]) for row in rows}
+    gmacs = {row[0]: float(row[2]) for row in rows}  # beside those of the plain tower
     assert gmacs["fc-clip"] < gmacs["plain tower"] < gmacs["fisa"] < gmacs["straightforward"]
 
 
@@ -123,7 +123,7 @@ def test_catseg_flops(run):
 
 def test_catseg_parameters_are_those_of_the_public_code(run):
     rows = table(run("catseg_flops", "--table", "parameters"))
-    assert [(row[0], row[3]) for row in rows] == [("ViT-B-16", "+0.00 %"), ("ViT-L-14-336", "+0.00 %")]
+    assert [(row[0], row[3].strip("+-")) for row in rows] == [("ViT-B-16", "0.00 %"), ("ViT-L-14-336", "0.00 %")]
 
 
 def test_complexity(run, tmp_path):

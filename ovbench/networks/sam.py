@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.errors import UsageError, WeightsError
+from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.dense_clip import Grid
 from ovbench.networks.published import fetched, random_digest
@@ -104,11 +104,7 @@ def resized_positions(embedding: Tensor, grid: Grid) -> Tensor:
 
 
 def random_sam(name: str, seed: int = 0, sizes: SamSizes | None = None) -> SamEncoder:
-    """The architecture with seeded normal weights; biases are 0, norms 1.
-
-    Raises:
-        UsageError: transformers is missing.
-    """
+    """The architecture with seeded normal weights; biases are 0, norms 1."""
     sizes = SAMS[name].sizes if sizes is None else sizes
     model = _create(sizes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -130,7 +126,6 @@ def load_sam(name: str, weights: str | None = None, *, seed: int = 0) -> SamEnco
         seed: Seed of random weights.
 
     Raises:
-        UsageError: transformers is missing.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
     if weights == "random":
@@ -212,12 +207,7 @@ def _renamed(key: str) -> str:
 
 def _create(sizes: SamSizes) -> Any:
     """An encoder of transformers of these sizes without its neck; what its weights are does not matter."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(
-            "SAM needs transformers: pip install 'ovbench[masks]', or use another encoder, e.g. '-o visual=none'."
-        ) from error
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     config = transformers.SamVisionConfig(
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,

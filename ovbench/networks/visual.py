@@ -58,7 +58,7 @@ def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> Visu
         seed: Seed of random weights.
 
     Raises:
-        UsageError: Unknown name, or transformers is missing for SAM.
+        UsageError: Unknown name.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
     if name not in visual_names():

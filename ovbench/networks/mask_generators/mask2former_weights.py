@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ovbench.errors import UsageError, WeightsError, first_line
+from ovbench.errors import WeightsError, first_line
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.networks.mask_generators.mask2former import Mask2Former
 from ovbench.networks.published import fetching
@@ -72,11 +72,8 @@ def random_mask2former(name: str, seed: int = 0, config: dict[str, Any] | None =
         name: Key of :data:`RECIPES`.
         seed: Seed of the weights.
         config: Fields of ``Mask2FormerConfig`` that differ from its defaults; None is the published architecture.
-
-    Raises:
-        UsageError: transformers is missing.
     """
-    transformers = _library()
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     if config is None:
         recipe = RECIPES[name]
         backbone = {**recipe.backbone, "out_features": STAGES}
@@ -101,10 +98,9 @@ def load_mask2former(name: str, weights: str | None = None, *, seed: int = 0) ->
         seed: Seed of random weights.
 
     Raises:
-        UsageError: transformers is missing.
         WeightsError: The download failed, or files are missing, unreadable or do not fit.
     """
-    transformers = _library()
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     if weights == "random":
         return random_mask2former(name, seed)
     given = RECIPES[name].hub if weights is None else weights
@@ -121,15 +117,6 @@ def load_mask2former(name: str, weights: str | None = None, *, seed: int = 0) ->
     file, config = _files(transformers, name, folder)
     model = _read(transformers, name, folder, file)
     return Mask2Former(name, model, shown, sha256_of([sha256_of_file(config), sha256_of_file(file)]))
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(
-            "Mask2Former needs transformers: pip install 'ovbench[masks]', or use another mask generator, e.g. grid."
-        ) from error
 
 
 @contextmanager
