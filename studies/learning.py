@@ -73,7 +73,7 @@ def seen_and_unseen(trained_on: str, root: Path, other: str, wording: str) -> tu
     pixels = class_pixels(mine.for_split("train"), root)
     seen = {name for name, count in zip(mine.class_names, pixels, strict=True) if count}
     same = {words[0] for words, count in zip(mine.words(wording), pixels, strict=True) if count}
-    named = zip(theirs.class_names, theirs.words(theirs.wordings[0] if wording == "plain" else wording), strict=True)
+    named = zip(theirs.class_names, theirs.words(wording), strict=True)
     return seen, {name for name, words in named if name not in seen and words[0].strip() not in same}
 
 
