@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.methods.norms import norm_layer  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg
 from ovbench.ops.affinity import (
     MAP_ENTRIES,
@@ -218,7 +219,7 @@ def register() -> type[nn.Module]:
             self.config = config
             built.cls_seg = hosts.as_is
             self.host = built
-            self.caa = CAA(built.channels, config, hosts.norm_layer(built.norm_cfg))
+            self.caa = CAA(built.channels, config, norm_layer(built.norm_cfg))
 
         def forward(self, inputs: Any) -> Any:
             features, extra = hosts.features(self.host, inputs)

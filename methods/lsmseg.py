@@ -65,7 +65,7 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
         seed: Of random weights of all that is trained.
 
     Raises:
-        UsageError: Unknown names, or transformers is missing for SAM.
+        UsageError: Unknown names.
         WeightsError: The second encoder's weights cannot be had or do not fit.
     """
 

@@ -50,6 +50,12 @@ class OvbenchWarning(UserWarning):
     """Something that a user should know and may want to change; the command line prints it as one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str], see: str | None = None) -> UsageError:
     """The error for a name that is not in a registry, with the nearest names and where to find them all.
 

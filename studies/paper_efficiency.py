@@ -10,11 +10,15 @@ already is not measured again; --again does.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import io
 import json
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from ovbench.cli.app import run_command
+from study import parser, write
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -50,33 +54,50 @@ PROFILES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def ovbench(*arguments: str) -> None:
-    """Runs one command of ovbench; its messages go through."""
+    """Runs one command of ovbench; its messages go through, what it prints does not."""
     print("ovbench", *arguments, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "ovbench", *arguments], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = run_command(list(arguments))
+    if status:
+        sys.exit(status)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Profiles and writes every table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=TABLES, action="append", help="default: every paper")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--samples", default="3", help="timed passes of each profile")
-    parser.add_argument("--again", action="store_true", help="measure what is stored already once more")
-    a = parser.parse_args()
-    done_list = ROOT / "results" / "profiles" / "paper-efficiency.json"
+    cli = parser(__doc__)
+    cli.add_argument("--only", choices=TABLES, action="append", help="default: every paper")
+    cli.add_argument("--device", default="cpu")
+    cli.add_argument("--samples", default="3", help="timed passes of each profile")
+    cli.add_argument("--first", type=int, help="only the first N profiles of each paper")
+    cli.add_argument("--again", action="store_true", help="measure what is stored already once more")
+    cli.add_argument("--results", type=Path, default=ROOT / "results", help="folder of profiles and tables")
+    a = cli.parse_args(argv)
+    profiles, tables = a.results / "profiles", a.results / "tables"
+    done_list = profiles / "paper-efficiency.json"
     done = json.loads(done_list.read_text(encoding="utf-8")) if done_list.is_file() and not a.again else []
     for paper in a.only or TABLES:
-        for arguments in PROFILES.get(paper, ()):
+        for arguments in PROFILES.get(paper, ())[: a.first]:
             key = [a.device, a.samples, *arguments]
             if key in done:
                 continue
-            ovbench("profile", *arguments, "--device", a.device, "--samples", a.samples, "--no-throughput", "--save")
+            how = (
+                "--device",
+                a.device,
+                "--samples",
+                a.samples,
+                "--no-throughput",
+                "--save",
+                "--results",
+                str(profiles),
+            )
+            ovbench("profile", *arguments, *how)
             done.append(key)
-            done_list.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            write([json.dumps(done, indent=1)], done_list)
         for table in TABLES[paper]:
-            out = ROOT / "results" / "tables" / f"{paper}-{table}.md"
-            out.parent.mkdir(parents=True, exist_ok=True)
-            ovbench("table", "--paper", paper, "--table", table, "--format", "markdown", "--out", str(out))
+            tables.mkdir(parents=True, exist_ok=True)
+            out = str(tables / f"{paper}-{table}.md")
+            where = ("--results", str(a.results / "runs"), "--format", "markdown", "--out", out)
+            ovbench("table", "--paper", paper, "--table", table, *where)
 
 
 if __name__ == "__main__":

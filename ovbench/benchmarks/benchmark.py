@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ovbench.benchmarks.catalog import with_split
 from ovbench.benchmarks.config import Words
 from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges, index_label, train_id_table
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
@@ -133,8 +134,6 @@ class Benchmark:
         if split not in self.splits:
             if split != "train":
                 raise unknown_name("split", split, self.splits)
-            from ovbench.benchmarks import with_split
-
             raise UsageError(f"{self.name} has no training split here. Those that have one: {', '.join(with_split())}.")
         found = self.splits[split]
         return replace(

@@ -6,7 +6,6 @@ left that may differ, a record is not the same, and the run itself finds out (``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -177,9 +176,9 @@ def _options(cls: Any, config: Any, backbone: Backbone | None) -> dict[str, Any]
 def _clip(spec: RunSpec, path: Path) -> _Found:
     """What :func:`ovbench.networks.clip_weights.load_clip` will say of the CLIP."""
     import open_clip
-    import torch
 
     from ovbench.networks.clip_weights import DEFAULT_ARCH
+    from ovbench.networks.published import random_digest
 
     weights, arch = spec.weights, spec.arch or DEFAULT_ARCH
     if weights == "builtin":
@@ -196,7 +195,7 @@ def _clip(spec: RunSpec, path: Path) -> _Found:
     if weights == "random":
         quick = bool((open_clip.get_model_config(arch) or {}).get("quick_gelu"))
         auto = "quickgelu" if quick else "gelu"
-        digest = hashlib.sha256(f"random {arch} seed {spec.seed} torch {torch.__version__}".encode()).hexdigest()
+        digest = random_digest(arch, spec.seed)
         activation = auto if spec.activation == "auto" else spec.activation
         return _Found({}, {"arch": arch, "activation": activation, "weights_sha256": digest})
     if weights.startswith("hf-hub:"):

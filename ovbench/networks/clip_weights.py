@@ -5,7 +5,6 @@ The activation follows the weights: a tag knows its own, for files :mod:`ovbench
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ovbench.networks.activation import OPENAI_EXTRAS, Activation, is_quick
 from ovbench.networks.clip_heads import HEAD_WIDTH, REMEDY, Shapes, heads_of
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.eva_clip import is_eva, plain_vit
+from ovbench.networks.published import fetching, random_digest
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.paths import user_path
 
@@ -28,6 +28,10 @@ from ovbench.paths import user_path
 OPENAI_MEAN = (122.771, 116.746, 104.094)
 OPENAI_STD = (68.501, 66.632, 70.323)
 DEFAULT_ARCH = "ViT-B-16"
+INSTEAD = (  # of a download
+    "Without a network, fetch them elsewhere into the hub's cache (HF_HOME) or give a file: --weights FILE.safetensors. "
+    "'--weights random' needs no download (for timing), '--demo' runs on the built-in CLIP."
+)
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,7 @@ def _random(arch: str, seed: int, activation: Activation) -> LoadedCLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(arch, quick_gelu=quick)
-    digest = hashlib.sha256(f"random {arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-    return _described(model, arch, "random", digest, quick)
+    return _described(model, arch, "random", random_digest(arch, seed), quick)
 
 
 def _from_tag(arch: str, tag: str) -> LoadedCLIP:
@@ -267,11 +270,9 @@ def _from_tag(arch: str, tag: str) -> LoadedCLIP:
             f"The weights '{tag}' were trained with GELU, but {arch} is a QuickGELU architecture: use --arch "
             f"{arch.removesuffix('-quickgelu')}."
         )
-    try:
+    with fetching(f"'{tag}' for {arch}", INSTEAD):
         path = Path(download_pretrained(entry))
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
-    except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
-        raise _download_error(f"'{tag}' for {arch}", error) from error
     return _described(model, arch, tag, sha256_of_file(path), quick)
 
 
@@ -281,24 +282,13 @@ def _from_hub(name: str) -> LoadedCLIP:
     from open_clip.pretrained import download_pretrained_from_hf
 
     repository = name.removeprefix("hf-hub:")
-    try:
+    with fetching(f"'{name}'", INSTEAD):
         config = _get_hf_config(repository)
         path = Path(download_pretrained_from_hf(repository))
         model = open_clip.create_model(name, precision="fp32")
-    except Exception as error:
-        raise _download_error(f"'{name}'", error) from error
     tokenizer = open_clip.get_tokenizer(name)
     return _described(
         model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer
-    )
-
-
-def _download_error(what: str, error: Exception) -> WeightsError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return WeightsError(
-        f"Could not get the weights {what}: {reason} Without a network, fetch them elsewhere into the hub's cache "
-        "(HF_HOME) or give a file: --weights FILE.safetensors. '--weights random' needs no download (for timing), "
-        "'--demo' runs on the built-in CLIP."
     )
 
 
