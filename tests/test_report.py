@@ -38,6 +38,7 @@ def _latency(median):
 def _efficiency(latency=11.0, gmacs=17.5, stages=("encode",)):
     return {
         "params_m": 149.6, "trainable_params_m": 0.0, "gmacs": gmacs, "gflops": 2 * gmacs, "input": FORWARDS,
+        "forwards": 6, "image_gmacs": 6 * gmacs,
         "tool": "counter", "latency_ms": _latency(latency), "stages_ms": {name: _latency(latency / 2) for name in stages},
         "images_per_s": 80.0, "peak_memory_mib": 900.0, "peak_memory_kind": "process-rss",
     }  # fmt: skip
@@ -148,7 +149,7 @@ def test_no_plot_mixes_results_with_anything_else(records, tmp_path):
         ("voc21", "demo"),
         ("voc21", "partial"),
         ("voc21", "random-weights"),
-    ]  # fmt: skip  (those made without forwards have no MACs of an image)
+    ]  # fmt: skip
     points = [re.findall(r'href="#run-([^"]+)"', body) for _, _, body in figures]
     results = {record.run_id for record in (records[1], records[2], records[4])}
     assert [set(found) for found in points[2:4]] == [results, results]  # neither the older run nor the failed one

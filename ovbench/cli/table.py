@@ -44,8 +44,8 @@ def table(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs, gflops, params, memory; separated "
-            "by commas. Left out: miou, and pq where there is some."
+            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs and gflops (of a whole image), "
+            "forward_gmacs, params, memory; separated by commas. Left out: miou, and pq where there is some."
         ),
     ] = None,
     explain: Annotated[

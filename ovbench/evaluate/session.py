@@ -26,7 +26,7 @@ from ovbench.models.closed_set import ClosedSetModel, views_inside
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.ops.windows import windows
 from ovbench.results import store
-from ovbench.results.record import Efficiency, Latency
+from ovbench.results.record import SEVERAL_SIZES, Efficiency, Latency
 
 if TYPE_CHECKING:
     from ovbench.evaluate.run import _State
@@ -264,7 +264,7 @@ def efficiency(
             times.setdefault(name, []).append(value)
     total = times.pop("total", [])
     parameters = {id(p): p for p in model.parameters()}.values()
-    counted, shape = _count(model, sample)
+    counted, shape, forwards = _count(model, sample)
     fresh, seconds = sum(share.images for share in shares), max(share.seconds for share in shares)
     rate = fresh / seconds if fresh and seconds else None
     peaks = [share.peak_mib for share in shares if share.peak_mib is not None]
@@ -276,6 +276,9 @@ def efficiency(
         trainable_params_m=sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
         gmacs=counted.gmacs,
         gflops=counted.gflops,
+        forwards=forwards,
+        image_gmacs=None if forwards is None else counted.gmacs * forwards,
+        image_gmacs_reason=SEVERAL_SIZES if forwards is None else None,
         input=shape,
         tool=counted.tool,
         latency_ms=Latency(**summary(total)) if total else None,
@@ -289,14 +292,14 @@ def efficiency(
     )
 
 
-def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str]:
-    """Operations of one network forward at the first image's input, and that input in words."""
+def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str, int | None]:
+    """Operations of one network forward at the first image's input, that input in words, and the forwards of the image."""
     protocol = model.protocol
     image = sample["inputs"]
     height, width = image.shape[-2:]
     if model.solver:
         counted = flops.count(lambda: model.predict_labels([image.flip(0)], [(height, width)]))
-        return counted, f"1x3x{height}x{width}, one whole image: networks, solver and upsampling"
+        return counted, f"1x3x{height}x{width}, one whole image: networks, solver and upsampling", 1
     boxes = 1
     if isinstance(model, ClosedSetModel) and views_inside(protocol):
         height, width = model.resized(image, 1.0).shape[-2:]
@@ -318,5 +321,6 @@ def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str]:
         else:
             counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
     shape = "x".join(str(side) for side in batch.shape)
-    views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
-    return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}"
+    several = views_inside(protocol)
+    views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if several else ""
+    return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}", None if several else boxes

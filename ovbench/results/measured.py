@@ -34,8 +34,7 @@ class Measured:
         status: ``ok``, ``failed`` or ``interrupted``.
         record: The run record; None for a profile.
         convention: What counted the operations, on which input.
-        image_gmacs: 10^9 multiply-accumulates of a whole image (of the features, for a decode head); None where only a
-            window was counted.
+        image_gmacs: 10^9 multiply-accumulates of a whole image (of the features, for a decode head).
         notes: What the measurement says about itself, e.g. that it was unstable.
     """
 
@@ -92,7 +91,7 @@ def of_record(record: RunRecord) -> Measured:
         status=record.status,
         record=record,
         convention=counted,
-        image_gmacs=efficiency.gmacs if efficiency is not None and spec.mode == "whole" else None,
+        image_gmacs=None if efficiency is None else efficiency.image_gmacs,
     )
 
 
