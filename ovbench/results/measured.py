@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -12,6 +12,8 @@ from ovbench.results.quantities import FIGURES
 from ovbench.results.record import Efficiency, Environment, RunRecord
 
 STAGE = "latency:"
+CLASS = "iou:"  # of one class, named behind it
+GROUP = "mIoU:group"  # mean over the classes that it stands beside
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,24 @@ def _panoptic(measured: Measured) -> float | None:
     return None if measured.record is None else FIGURES["pq"].value(measured.record)
 
 
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _classes(*names: str) -> Callable[[Measured], float | None]:
+    """The mean IoU over classes, each named by one of its words; None where one is not of the benchmark or does not occur."""
+
+    def read(measured: Measured) -> float | None:
+        if measured.record is None or measured.record.metrics is None:
+            return None
+        known = {_plain(score.name): score.iou for score in measured.record.metrics.classes}
+        found = [known.get(_plain(name)) for name in names]
+        values = [value for value in found if value is not None]
+        return sum(values) / len(values) if values and len(values) == len(names) else None
+
+    return read
+
+
 def _cost(name: str, factor: float = 1.0) -> Callable[[Measured], float | None]:
     def read(measured: Measured) -> float | None:
         value = None if measured.efficiency is None else getattr(measured.efficiency, name)
@@ -179,6 +199,8 @@ _METRICS = {
     "peak_memory": Metric(
         "peak memory", 1, _cost("peak_memory_mib", MIB_IN_GB), "GB", "peak_memory_mib", machine_bound=True
     ),
+    "mAP": Metric("mask AP", 2, _absent, "percent"),
+    "referring": Metric("referring segmentation", 1, _absent, ""),
     "train_time": Metric("training time", 0, _absent, ""),
     "train_time_6k": Metric("training time of 6k iterations", 0, _absent, ""),
     "train_iterations": Metric("training iterations", 0, _absent, ""),
@@ -188,8 +210,15 @@ _METRICS = {
 _FACTORS = {("ms", "s"): 1e-3, ("s", "ms"): 1e3}
 
 
-def metric(name: str) -> Metric:
-    """How a metric of ``published.csv`` is read; ``latency:<stage>`` is the time of a stage.
+def metric(name: str, classes: Sequence[str] = ()) -> Metric:
+    """How a metric of ``published.csv`` is read.
+
+    ``latency:<stage>`` is the time of a stage, ``iou:<class>`` the IoU of a class, ``ratio:<class>`` its share of the
+    training set, which no run has.
+
+    Args:
+        name: As in the file.
+        classes: Of :data:`GROUP`, the classes.
 
     Raises:
         KeyError: No such metric.
@@ -197,12 +226,17 @@ def metric(name: str) -> Metric:
     if name.startswith(STAGE):
         stage = name.removeprefix(STAGE)
         return Metric(f"{stage} latency", 1, _stage(stage), "ms", machine_bound=True)
+    kind, _, of = name.partition(":")
+    if name == GROUP:
+        return Metric("mIoU of the group", 2, _classes(*classes), "percent")
+    if of and kind in ("iou", "ratio"):
+        return Metric(of, 2, _classes(of) if kind == "iou" else _absent, "percent")
     return _METRICS[name]
 
 
-def figure(measured: Measured, name: str, unit: str) -> float | None:
+def figure(measured: Measured, name: str, unit: str, classes: Sequence[str] = ()) -> float | None:
     """A measurement's figure in the unit of the published number; None where it has none."""
-    reader = metric(name)
+    reader = metric(name, classes)
     value = reader.value(measured)
     if value is None or unit == reader.unit:
         return value

@@ -70,7 +70,7 @@ def judge(measured: Measured, want: Wanted, unit: str, protocol: str | None) -> 
         _judge_protocol(measured, want, protocol, reasons)
     _judge_fields(measured, want, reasons, remarks)
     _judge_options(measured, want, reasons, remarks)
-    value = figure(measured, want.metric, unit)
+    value = figure(measured, want.metric, unit, want.classes)
     if value is None:
         why = metric(want.metric).why
         told = getattr(measured.efficiency, f"{why}_reason", None) if why and measured.efficiency else None
