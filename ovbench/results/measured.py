@@ -130,6 +130,11 @@ class Metric:
     machine_bound: bool = False
     counted: bool = False
 
+    @property
+    def measured(self) -> bool:
+        """Whether a run or a profile may have it at all."""
+        return self.value is not _absent
+
 
 def _accuracy(measured: Measured) -> float | None:
     record = measured.record

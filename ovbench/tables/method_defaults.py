@@ -45,6 +45,17 @@ def changed_options(method: str, options: Mapping[str, Any]) -> dict[str, Any] |
     return changed
 
 
+def option_names(method: str) -> list[str]:
+    """The options of a method that have a literal default; empty where its source does not tell them."""
+    return list(_defaults(method) or {})
+
+
+def default_option(method: str, name: str) -> Any:
+    """An option's default, lists for tuples; None also where the source does not tell it."""
+    known = (_defaults(method) or {}).get(name)
+    return None if known is None else known[0]
+
+
 @cache
 def _defaults(method: str) -> dict[str, tuple[Any, ...]] | None:
     """The values that each option may have by default, tuples as lists; None where the source does not tell."""

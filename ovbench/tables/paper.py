@@ -213,8 +213,8 @@ def _mean(index: int, row: Sequence[_Found], columns: Sequence[_Key]) -> _Found:
     if members is None or row[index].entry is None:
         return row[index]
     if not members:
-        remarks = ("no mean: which benchmarks the printed one is over is not told",)
-        return replace(row[index], cell=replace(row[index].cell, refused=(), remarks=remarks))
+        untold = "no mean: which benchmarks the printed one is over is not told"
+        return replace(row[index], cell=replace(row[index].cell, refused=(), remarks=(untold,)))
     parts = [found for found, column in zip(row, columns, strict=True) if column[0] in members and column[1] == name]
     values = [found.cell.value for found in parts if found.cell.value is not None]
     sources = [found.source for found in parts if found.source is not None]

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ovbench.errors import OvbenchError, unknown_name
+from ovbench.errors import OvbenchError, UsageError, unknown_name
 from ovbench.results.measured import CLASS, GROUP
 
 _RIVALS = "rivals.csv"
@@ -170,6 +170,20 @@ def tables(paper: str) -> list[str]:
     return list(dict.fromkeys(entry.table for entry in numbers() if entry.source == paper))
 
 
+def table_of(paper: str, table: str | None) -> str:
+    """The table that is meant: the named one, or the only one.
+
+    Raises:
+        UsageError: No such paper, or several tables and none named.
+    """
+    known = tables(paper)
+    if table is None and len(known) != 1:
+        raise UsageError(
+            f"Which table of {paper}? --table is one of: {', '.join(known)}." if known else str(no_tables(paper))
+        )
+    return table or known[0]
+
+
 def table_numbers(paper: str, table: str) -> list[Printed]:
     """The printed numbers of one table.
 
@@ -254,6 +268,16 @@ def plain_arch(name: str) -> str:
     for short, long in _rules()["backbones"].items():
         plain = re.sub(f"{re.escape(short)}$", long, plain)
     return plain
+
+
+def arch_names() -> list[str]:
+    """Names of our command line that printed backbones stand for."""
+    return list(_rules()["archs"])
+
+
+def trained_methods() -> list[str]:
+    """Methods besides the closed-set ones whose results are of trained weights."""
+    return list(_rules()["trained"])
 
 
 def is_mean(dataset: str) -> bool:
