@@ -92,7 +92,8 @@ class CATSeg(Method):
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
     MODEL = "ovbench.models.view_averaging:ViewModel"
-    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {"coco_stuff": COCO_STUFF}
+    # on the other training sets of the thesis' Table 5.11 alike: inferred, the table names them and no other recipe
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
     FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds
 

@@ -2,19 +2,23 @@
 
     make paper-efficiency
     python studies/paper_efficiency.py --only thesis-caa --device cuda --samples 30
+    python studies/paper_efficiency.py --tables-only
 
-Profiles go to results/profiles, tables as Markdown to results/tables. Weights are random: they change neither parameters
-nor MACs, and the tables say so. Rows whose method is not built stay in the table and say that. A profile that is stored
-already is not measured again; --again does.
+What is profiled are the commands of 'ovbench table --paper X --table N --commands'. Profiles go to results/profiles, tables as
+Markdown to results/tables. Weights are random: they change neither parameters nor MACs, and the tables say so. A row that is
+measured already is not measured again; --again does. --tables-only writes the tables of what is stored.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from ovbench.evaluate.sweep.plan import flags
+from ovbench.results.profiles import load_all
+from ovbench.tables.commands import recorded_by, table_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -24,35 +28,28 @@ TABLES = {
     "thesis-lsmseg": ("5.8",),
     "fisa": ("2",),
 }
-HEAD = ("--count", "modules", "--part", "decode_head", "--features")  # the thesis counts convolutions and linear layers
-ALL_64 = "64x64,64x64,64x64,64x64"
-WHOLE = ("--dataset", "voc21", "--mode", "whole", "--input", "336x448")
-PROFILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "direct-seg": (
-        ("-m", "clip", "--protocol", "direct-seg", *WHOLE),
-        ("-m", "proxyclip", "--protocol", "direct-seg", *WHOLE),
-        ("-m", "discrepancy-op", *WHOLE),
-        ("-m", "discrepancy-mv", *WHOLE),
-    ),
-    "thesis-caa": tuple(
-        ("-m", addon + host, *HEAD, grid)
-        for addon in ("", "caa-")
-        # Of the grids that a dilated ResNet may have, UperNet's figure is nearest with C1 at stride 8: -17 %.
-        for host, grid in (("psp", "64x64"), ("ccnet", "64x64"), ("deeplabv3", "64x64"), ("uper", ALL_64))
-    ),
-    "thesis-ecac": tuple(
-        ("-m", addon + host, *HEAD, grid)
-        for addon in ("", "ecac-")
-        # DeepLabV3+'s figure is met only with C1 at stride 8 like the rest.
-        for host, grid in (("fcn", "64x64"), ("psp", "64x64"), ("deeplabv3plus", ALL_64))
-    ),
-}
 
 
 def ovbench(*arguments: str) -> None:
     """Runs one command of ovbench; its messages go through."""
     print("ovbench", *arguments, file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "ovbench", *arguments], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def measure(paper: str, table: str, device: str, samples: str, again: bool) -> None:
+    """Profiles the rows of a table that no stored profile stands beside."""
+    for row in table_commands(paper, table):
+        for command in row.commands:
+            stored = [] if again else load_all(ROOT / "results" / "profiles")
+            if command.verb != "profile" or recorded_by(command, stored) is not None:
+                continue
+            settings = dict(command.settings)
+            if device == "cpu":
+                settings.pop("dtype", None)  # a CPU is slow in half precision; the table says what was measured
+            if all(entry.metric != "throughput" for entry in command.entries):
+                settings["throughput"] = "false"
+            words = ("profile", "--method", command.method, "--dataset", command.dataset, *flags(settings.items()))
+            ovbench(*words, "--device", device, "--samples", samples, "--save")
 
 
 def main() -> None:
@@ -62,18 +59,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", default="3", help="timed passes of each profile")
     parser.add_argument("--again", action="store_true", help="measure what is stored already once more")
+    parser.add_argument("--tables-only", action="store_true", help="measure nothing")
     a = parser.parse_args()
-    done_list = ROOT / "results" / "profiles" / "paper-efficiency.json"
-    done = json.loads(done_list.read_text(encoding="utf-8")) if done_list.is_file() and not a.again else []
     for paper in a.only or TABLES:
-        for arguments in PROFILES.get(paper, ()):
-            key = [a.device, a.samples, *arguments]
-            if key in done:
-                continue
-            ovbench("profile", *arguments, "--device", a.device, "--samples", a.samples, "--no-throughput", "--save")
-            done.append(key)
-            done_list.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         for table in TABLES[paper]:
+            if not a.tables_only:
+                measure(paper, table, a.device, a.samples, a.again)
             out = ROOT / "results" / "tables" / f"{paper}-{table}.md"
             out.parent.mkdir(parents=True, exist_ok=True)
             ovbench("table", "--paper", paper, "--table", table, "--format", "markdown", "--out", str(out))

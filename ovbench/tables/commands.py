@@ -15,9 +15,9 @@ from typing import Any
 
 from ovbench.errors import DataError
 from ovbench.registry import CLOSED_SET, method_info, method_names
-from ovbench.results.measured import metric
+from ovbench.results.measured import Measured, metric
 from ovbench.tables import published
-from ovbench.tables.match import TRAINED_ON, TRAINING_OVERRIDES
+from ovbench.tables.match import TRAINED_ON, TRAINING_OVERRIDES, judge
 from ovbench.tables.method_defaults import changed_options, default_option, option_names
 from ovbench.tables.paper import RowKey, printed_rows
 from ovbench.tables.published import Printed, Wanted
@@ -93,7 +93,7 @@ class Training:
         asked = {name: value for name, value in self.options if str(default_option(self.method, name)) != value}
         return (
             (spec.method, spec.dataset) == (self.method, self.dataset)
-            and sorted(spec.overrides) == sorted(self.overrides)
+            and sorted(f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides) == sorted(self.overrides)
             and (self.arch is None or published.plain_arch(spec.arch) == published.plain_arch(self.arch))
             and {name: _text(value) for name, value in told.items()} == asked
             and (self.prompts is None or spec.templates == self.prompts)
@@ -198,6 +198,9 @@ def _why_not(entry: Printed, want: Wanted) -> str | None:
         return "published only: a method that is not ours"
     if want.method not in method_names(None):
         return f"'{want.method}' is not built"
+    base = want.require.get(_OPTION + "base", want.method)
+    if base not in method_names(None):
+        return f"its base '{base}' is not built"
     if not metric(entry.metric, want.classes).measured:
         return f"no run or profile tells {metric(entry.metric).label}"
     if want.arch and arch_name(want) is None:
@@ -323,6 +326,15 @@ def _merged(commands: Sequence[Command]) -> list[Command]:
         else:
             kept.append(command)
     return kept
+
+
+def recorded_by(command: Command, measured: Sequence[Measured]) -> str | None:
+    """Id of the newest profile that stands beside all numbers of a command; None where none does."""
+    for item in sorted(measured, key=lambda item: item.finished, reverse=True):
+        wants = [(published.wanted(entry), entry.unit) for entry in command.entries]
+        if item.method == command.method and all(judge(item, want, unit, None).fits for want, unit in wants):
+            return item.id
+    return None
 
 
 def _text(value: Any) -> str:

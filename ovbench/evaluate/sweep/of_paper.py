@@ -10,8 +10,7 @@ from ovbench.errors import OvbenchError
 from ovbench.evaluate.sweep.plan import Grid, Job, ReadSpec, flags, plan
 from ovbench.results.measured import Measured
 from ovbench.tables import published
-from ovbench.tables.commands import Command, table_commands
-from ovbench.tables.match import judge
+from ovbench.tables.commands import Command, recorded_by, table_commands
 
 _OF_WEIGHTS = ("arch", "pretrained", "weights")  # which a demo brings itself
 
@@ -127,8 +126,4 @@ def _profile(command: Command, asked: Asked, stored: Sequence[Measured], profile
         "--device", device, "--results", str(profiles), "--save", "--json",
     )  # fmt: skip
     job = Job(0, command.method, command.dataset, f"profile {_words(tuple(chosen.items()))}".strip(), arguments)
-    wants = [(published.wanted(entry), entry.unit) for entry in command.entries]
-    for item in sorted(stored, key=lambda item: item.finished, reverse=True):
-        if item.method == command.method and all(judge(item, want, unit, None).fits for want, unit in wants):
-            return replace(job, recorded=item.id)
-    return job
+    return replace(job, recorded=recorded_by(command, stored))
