@@ -147,7 +147,10 @@ def test_no_plot_mixes_results_with_anything_else(records, tmp_path):
         ("voc21", ""),
         ("voc21", ""),
         ("voc21", "demo"),
+        ("voc21", "demo"),
         ("voc21", "partial"),
+        ("voc21", "partial"),
+        ("voc21", "random-weights"),
         ("voc21", "random-weights"),
     ]  # fmt: skip
     points = [re.findall(r'href="#run-([^"]+)"', body) for _, _, body in figures]
@@ -229,7 +232,7 @@ def test_published_numbers_stand_beside_ours(make_record, tmp_path):
 def test_profiles_have_a_table(make_record, tmp_path):
     record = make_record(method="naclip")
     text = page([], [of_record(record)], results=tmp_path)
-    assert "No record was found" in text and '<section id="profiles">' in text and "counter; input 1x3x336x448" in text
+    assert "No record was found" in text and '<section id="profiles">' in text and "counter; input 1x3x224x224" in text
 
 
 def test_axes_have_round_ticks_inside():

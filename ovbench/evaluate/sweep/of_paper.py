@@ -84,7 +84,8 @@ def jobs_of(
             else:
                 jobs.append(_run(command, asked, read_spec, results, trainings, device, again))
         on_job(index + 1, len(rows))
-    return [replace(job, index=place) for place, job in enumerate(jobs)]
+    once = dict.fromkeys(replace(job, index=0) for job in jobs)  # a demo makes rows alike
+    return [replace(job, index=place) for place, job in enumerate(once)]
 
 
 def _words(settings: Sequence[tuple[str, str]]) -> str:
