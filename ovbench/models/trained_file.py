@@ -54,7 +54,7 @@ def save(path: Path, state: dict[str, Tensor], about: About) -> None:
         partial.unlink(missing_ok=True)
 
 
-def told(about: About | None) -> dict[str, Any]:
+def training_facts(about: About | None) -> dict[str, Any]:
     """What a run's record says of its weights' training beside the options; empty for weights that are not ours."""
     return {} if about is None else {"trained_on": about.dataset, "training_overrides": about.overrides}
 

@@ -6,6 +6,7 @@ train, nor on where a training was interrupted. So resuming starts at a position
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,6 +157,9 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
     from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
+    # registers the panoptic dataset and LoadCompleteImage
+    for module in ("ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
+        importlib.import_module(module)
     from mmengine.registry import DefaultScope
 
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
