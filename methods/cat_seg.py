@@ -99,7 +99,8 @@ class CATSeg(Method):
         "ViT-L/14": {"source": "public code, layer_indexes 7 and 15", "values": {}},
     }
     ELSEWHERE = "the decoder is guided by blocks at a third and two thirds of the depth"
-    RECIPES: ClassVar[dict[str, dict[str, Any]]] = {"coco_stuff": COCO_STUFF}
+    # on the other training sets of the thesis' Table 5.11 alike: inferred, the table names them and no other recipe
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
     FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ovbench.errors import unknown_name
-from ovbench.methods.cat_seg import COCO_STUFF, CATSeg, CATSegConfig  # type: ignore[import-not-found]
+from ovbench.methods.cat_seg import CATSeg, CATSegConfig  # type: ignore[import-not-found]
 from ovbench.networks.cost_aggregation.aggregator import AggregatorConfig
 from ovbench.networks.cost_aggregation.filtering import RENORMALISE, kept_labels
 from ovbench.networks.cost_aggregation.fusion import KINDS, Fusion
@@ -72,7 +72,7 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
     Config = LSMSegConfig
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {**CATSeg.OFFLINE_OPTIONS, "visual": "none"}
     # Table 5.11: trained alike on each (inferred)
-    RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
+    RECIPES: ClassVar[dict[str, dict[str, Any]]] = CATSeg.RECIPES
     PARTS: ClassVar[tuple[str, ...]] = (*CATSeg.PARTS, "fusion.")
     FROZEN: ClassVar[tuple[str, ...]] = ("visual.",)
 

@@ -292,7 +292,7 @@ ROWS = {
 
 def _weights_row(row: str):
     """Settings of a row of Table 4.3, "alpha=1 beta=50"."""
-    alpha, beta = (float(part.partition("=")[2]) for part in row.split())
+    alpha, beta = (float(part.partition("=")[2]) for part in row.split()[:2])  # of two blocks
     return "ecac-fcn", {"kl_weight": alpha, "iv_weight": beta}
 
 

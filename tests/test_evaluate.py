@@ -105,6 +105,7 @@ def test_record_and_files(plain: tuple[RunRecord, Path], voc: Path) -> None:
     assert set(cost.stages_ms) == {"prepare", "backbone", "decide"}
     assert cost.gflops == pytest.approx(2 * cost.gmacs)
     assert cost.input == "1x3x96x96, one forward; the first image takes 6"
+    assert (cost.forwards, cost.image_gmacs) == (6, 6 * cost.gmacs)
     assert record.provenance.dataset_fingerprint == benchmark.fingerprint(voc)
     assert record.spec.weights == "tiny.safetensors" and record.spec.activation == "quickgelu"
     assert record.spec.protocol.wording_sha256 == benchmark.words_sha256("sclip")

@@ -31,7 +31,7 @@ def make_profile(make_record):
             "image_gflops": 140.0, "input": "1x3x224x224", "tool": "counter", "batch": 1, "latency_ms": latency,
             "forward_ms": latency, "stages_ms": {"backbone": latency}, "peak_memory_mib": 900.0,
             "forward_peak_memory_mib": 800.0, "peak_memory_kind": "process-rss", "convention": "torch",
-            "counted": "products", "not_counted": "the rest", "windows": 4, "warm_up": {"latency_ms": 3},
+            "counted": "products", "not_counted": "the rest", "forwards": 4, "warm_up": {"latency_ms": 3},
             "parts": {"clip.visual": {"params_m": 86.2, "trainable_params_m": 0.0}},
         }  # fmt: skip
         return ProfileRecord(
@@ -53,7 +53,7 @@ def test_a_profile_survives_the_disk(make_profile, tmp_path):
     assert report.read(path) == record
     assert report.load_all(tmp_path / "profiles") == [record]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert json.loads(path.read_text())["efficiency"]["windows"] == 4
+    assert json.loads(path.read_text())["efficiency"]["forwards"] == 4
 
 
 def test_flat_has_the_keys_of_a_records_efficiency(make_profile):

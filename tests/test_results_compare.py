@@ -291,7 +291,7 @@ def test_what_makes_a_difference_doubtful_is_said(stored, change, words):
 
 
 def test_times_are_compared_on_one_machine_only(stored, make_record):
-    slow = make_record().efficiency.model_dump() | {"gmacs": 35.0, "images_per_s": 40.0}
+    slow = make_record().efficiency.model_dump() | {"image_gmacs": 140.0, "images_per_s": 40.0}
     runs = [stored(_areas(3)), stored(_areas(3), efficiency=slow)]
     ratios = {ratio.figure: ratio.ratio for ratio in compare(*runs, resamples=10).ratios}
     assert ratios == {"latency": 1.0, "images_per_s": 0.5, "memory": 1.0, "gmacs": 2.0, "params": 1.0}
@@ -305,11 +305,11 @@ def test_times_are_compared_on_one_machine_only(stored, make_record):
 
 
 def test_memory_and_operations_of_different_things_have_no_ratio(stored, make_record):
-    other = make_record().efficiency.model_dump() | {"peak_memory_kind": "cuda-allocated", "input": "1x3x224x224"}
+    other = make_record().efficiency.model_dump() | {"peak_memory_kind": "cuda-allocated", "tool": "fvcore"}
     found = compare(stored(_areas(3)), stored(_areas(3), efficiency=other), resamples=10)
     ratios = {ratio.figure: ratio for ratio in found.ratios}
     assert "measured differently" in ratios["memory"].reason and ratios["memory"].ratio is None
-    assert "different inputs" in ratios["gmacs"].reason and ratios["gmacs"].ratio is None
+    assert "different tools" in ratios["gmacs"].reason and ratios["gmacs"].ratio is None
 
 
 # --- finding runs -------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_the_frontier_holds_what_nothing_beats():
 
 
 def test_points_of_runs(make_record):
-    counted = make_record().efficiency.model_dump() | {"input": "1x3x224x224, one forward; the first image takes 12"}
+    counted = make_record().efficiency.model_dump() | {"forwards": 12, "image_gmacs": 12 * 17.5}
     records = [make_record(method="clip", efficiency=counted), make_record(efficiency=counted)]
     found = pareto.points(records, "gmacs")
     assert [(p.label, p.cost, p.miou) for p in found] == [
@@ -385,7 +385,8 @@ def test_runs_that_share_no_axis_are_refused(make_record):
     with pytest.raises(UsageError, match=r"several benchmarks \(ade20k, voc21\)"):
         pareto.points([make_record(), make_record(dataset="ade20k")], "latency")
     with pytest.raises(UsageError, match="has no gmacs"):
-        pareto.points([make_record()], "gmacs")  # its input does not say how many forwards an image takes
+        several = {"forwards": None, "image_gmacs": None, "image_gmacs_reason": "views of several sizes"}
+        pareto.points([make_record(efficiency=make_record().efficiency.model_dump() | several)], "gmacs")
 
 
 def test_plots_are_files_with_the_same_bytes_and_free_labels(tmp_path):

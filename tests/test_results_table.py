@@ -156,7 +156,8 @@ def test_every_figure_reads_its_own_value(make_record):
     assert values.pop("aacc") == pytest.approx(40.0)
     assert values == {
         "pq": None, "sq": None, "rq": None,
-        "latency": 11.0, "images_per_s": 80.0, "gmacs": 17.5, "gflops": 35.0, "params": 149.6, "memory": 900.0,
+        "latency": 11.0, "images_per_s": 80.0, "gmacs": 70.0, "gflops": 140.0,
+        "forward_gmacs": 17.5, "params": 149.6, "memory": 900.0,
     }  # fmt: skip
 
 

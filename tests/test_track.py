@@ -53,7 +53,8 @@ def test_scalars_have_every_figure_and_names_that_trackers_allow(stored):
     assert found["IoU/television receiver_ TV"] == pytest.approx(100 * 50 / 60)
     assert "IoU/a_b" not in found  # its union is 0
     assert found["IoU/a_b 3"] == pytest.approx(100 * 7 / 9)  # would have had the same name
-    assert found["efficiency/latency_ms"] == 11.0 and found["efficiency/gmacs"] == 17.5
+    assert found["efficiency/latency_ms"] == 11.0 and found["efficiency/image_gmacs"] == 70.0
+    assert found["efficiency/forward_gmacs"] == 17.5
     assert found["efficiency/params_m"] == 149.6 and found["efficiency/peak_memory_mib"] == 900.0
     assert found["efficiency/stage_ms/encode"] == 11.0
     assert all(isinstance(value, float) for value in found.values())

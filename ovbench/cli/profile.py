@@ -208,8 +208,8 @@ def _rows(figures: ProfileEfficiency, size: str | None) -> list[tuple[str, str, 
     if figures.gmacs is None:
         return rows
     convention = f"count {figures.convention}"
-    rows.append(("GMACs", _number(figures.gmacs, 3), f"{figures.input}; {convention}"))
-    rows.append(("GFLOPs", _number(figures.gflops, 3), "2 per MAC"))
+    rows.append(("GMACs of forward", _number(figures.gmacs, 3), f"{figures.input}; {convention}"))
+    rows.append(("GFLOPs of forward", _number(figures.gflops, 3), "2 per MAC"))
     if figures.image_gmacs is not None:
         rows.append(("GMACs of image", _number(figures.image_gmacs, 3), f"{whole}; {convention}"))
     if figures.forward_ms is not None:

@@ -326,7 +326,7 @@ def show(record: RunRecord, results: Path) -> None:
     spec = record.spec
     title = f"{spec.method} on {spec.dataset}, {spec.protocol.name} protocol"
     table = Table(title=f"{title} (demo)" if record.demo else title, title_justify="left")
-    for head in ("mIoU %", "mAcc %", "aAcc %", "images", "images/s", "ms/image", "GMACs", "params M", "peak MiB"):
+    for head in ("mIoU %", "mAcc %", "aAcc %", "images", "images/s", "ms/image", "GMACs/image", "params M", "peak MiB"):
         table.add_column(head, justify="right")
     latency = cost.latency_ms
     table.add_row(
@@ -334,7 +334,7 @@ def show(record: RunRecord, results: Path) -> None:
         str(metrics.images),
         _figure(cost.images_per_s, 2),
         f"{latency.median:.1f} (IQR {latency.iqr:.1f})" if latency else "-",
-        _figure(cost.gmacs, 2),
+        _figure(cost.image_gmacs, 2),
         _figure(cost.params_m, 1),
         _figure(cost.peak_memory_mib, 0),
     )

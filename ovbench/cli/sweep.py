@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,6 +35,8 @@ def sweep(
     demo: Annotated[bool, typer.Option("--demo", help="Built-in CLIP on generated scenes.", rich_help_panel=WHAT)] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of 'ovbench run' for all runs, e.g. --set dtype=bfloat16 --set option.beta=0.3; may be repeated.", rich_help_panel=WHAT)] = None,
     vary: Annotated[list[str] | None, typer.Option("--vary", metavar="KEY=VALUE", help="The same with several values: give it once for each, e.g. --vary stride=112 --vary stride=56. All combinations are run.", rich_help_panel=WHAT)] = None,
+    paper: Annotated[str | None, typer.Option(help="The runs and profiles of a paper's table, as 'ovbench table --paper' names it, in place of a grid; --methods and --datasets choose among them, --set replaces options.", rich_help_panel=WHAT)] = None,
+    number: Annotated[str | None, typer.Option("--table", help="Which table of --paper.", rich_help_panel=WHAT)] = None,
     again: Annotated[bool, typer.Option("--again", help="Also run what is recorded already.", rich_help_panel=WHAT)] = False,
     executor: Annotated[str, typer.Option(help="local (this machine), ray or slurm.", rich_help_panel=WHERE)] = "local",
     devices: Annotated[str | None, typer.Option(help="local: cpu, cuda (all GPUs) or a list such as cuda:0,cuda:2. Default: all GPUs, else the CPU.", rich_help_panel=WHERE)] = None,
@@ -56,15 +58,22 @@ def sweep(
     ovbench sweep --methods clip,sc-clip,naclip --datasets voc21,ade20k --data-root ~/data
     ovbench sweep --methods all --datasets eight --data-root ~/data --executor ray --set dtype=bfloat16
     ovbench sweep -m sc-clip -d voc20 --data-root ~/data --vary stride=112 --vary stride=56 --dry-run
+    ovbench sweep --paper direct-seg --table 1 --data-root ~/data --dry-run
     ovbench sweep sweep.yaml --executor slurm --slurm partition=gpu --slurm gpus_per_node=1
     """
     if executor not in EXECUTORS:
         raise UsageError(f"--executor {executor}: give {', '.join(EXECUTORS)}.")
     _require_fit(executor, devices=devices, ray_address=ray_address, slurm=slurm)
-    from ovbench.evaluate.sweep.plan import plan
-
-    grids = _grids(file, methods, datasets, data_root, demo, settings or [], vary or [])
     root = results.expanduser().absolute()
+    if paper is not None and (file is not None or vary):
+        raise UsageError("--paper says what to run: leave the YAML file and --vary away.")
+    if paper is None and number is not None:
+        raise UsageError("--table belongs to --paper: name the paper.")
+    look = (
+        _plan_of(_grids(file, methods, datasets, data_root, demo, settings or [], vary or []))
+        if paper is None
+        else _plan_of_paper(paper, number, methods, datasets, data_root, demo, settings or [])
+    )
     folder = logs.expanduser().absolute() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     # Ray tells of workers on stdout, which is for data.
     with (
@@ -73,7 +82,7 @@ def sweep(
         _executor(executor, devices, jobs, ray_address, retries, slurm or []) as place,
     ):
         with _counting("looking for records") as on_job:
-            planned = plan(grids, spec_of, results=root, device=place.device, again=again, on_job=on_job)
+            planned = look(results=root, device=place.device, again=again, on_job=on_job)
         outcomes, stopped = ({}, False) if dry_run else _run(planned, place, folder)
     (print_json(_report(planned, outcomes)) if json else _show(planned, outcomes, folder))
     if dry_run:
@@ -88,6 +97,39 @@ def sweep(
         raise RunError(
             f"{len(failed)} of {len(planned)} runs failed; the same command tries them again. Logs: {folder}"
         )
+
+
+def _plan_of(grids: list[Grid]) -> Callable[..., list[Job]]:
+    """Plans the runs of grids."""
+    from ovbench.evaluate.sweep.plan import plan
+
+    return lambda **how: plan(grids, spec_of, **how)
+
+
+def _plan_of_paper(
+    paper: str,
+    number: str | None,
+    methods: str | None,
+    datasets: str | None,
+    data_root: Path | None,
+    demo: bool,
+    settings: list[str],
+) -> Callable[..., list[Job]]:
+    """Plans what makes a table of a paper; profiles and trainings are looked for beside the records."""
+    from ovbench.evaluate.sweep.of_paper import Asked, jobs_of
+
+    if demo and data_root is not None:
+        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away.")
+    some, where = (
+        tuple(part.strip() for part in (text or "").split(",") if part.strip()) for text in (methods, datasets)
+    )
+    asked = Asked(paper, number, some, where, data_root, demo, parse_options(settings, "--set"))
+
+    def look(*, results: Path, **how: Any) -> list[Job]:
+        near = results.parent
+        return jobs_of(asked, spec_of, results=results, profiles=near / "profiles", trainings=near / "trainings", **how)
+
+    return look
 
 
 def _require_fit(executor: str, **given: Any) -> None:
@@ -163,7 +205,7 @@ def _run(planned: Sequence[Job], place: Any, folder: Path) -> tuple[Outcomes, bo
     from ovbench.evaluate.sweep.job import PROGRAM, Work
 
     outcomes: Outcomes = {}
-    todo = [job for job in planned if job.recorded is None and job.problem is None]
+    todo = [job for job in planned if job.recorded is None and job.problem is None and job.skipped is None]
     if not todo:
         return outcomes, False
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +249,7 @@ def _report(planned: Sequence[Job], outcomes: Outcomes) -> list[dict[str, Any]]:
 def _state(job: Job, outcome: Outcome | None) -> str:
     if outcome is not None:
         return outcome.state
-    return "recorded" if job.recorded else "failed" if job.problem else "to do"
+    return "recorded" if job.recorded else "failed" if job.problem else "skipped" if job.skipped else "to do"
 
 
 def _show(planned: Sequence[Job], outcomes: Outcomes, folder: Path | None = None) -> None:
@@ -227,7 +269,7 @@ def _show(planned: Sequence[Job], outcomes: Outcomes, folder: Path | None = None
         miou, seconds = row["miou"], row.get("seconds")
         cells = (
             job.method, job.dataset, job.changed or "-", spec, row["state"], "-" if miou is None else f"{miou:.2f}",
-            f"{seconds:.0f}" if seconds else "-", row["run_id"] or job.problem or row.get("message") or "-",
+            f"{seconds:.0f}" if seconds else "-", row["run_id"] or job.problem or job.skipped or row.get("message") or "-",
         )  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells))
     print_rich(table)

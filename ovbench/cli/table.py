@@ -26,11 +26,17 @@ _FILE_WIDTH = 240
 def table(
     paper: Annotated[
         str | None,
-        typer.Option(help="A paper's table: direct-seg, fisa, scn, thesis-caa, thesis-ecac or thesis-lsmseg."),
+        typer.Option(
+            help="A paper's table: direct-seg, fisa, scn, thesis-caa, thesis-ecac or thesis-lsmseg; another printer, e.g. "
+            "naclip-repo; or a method, e.g. sc-clip: what each prints of it."
+        ),
     ] = None,
     number: Annotated[
         str | None, typer.Option("--table", help="Which one, e.g. 1, 3a, 5.8 or complexity; left out: lists them.")
     ] = None,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="With --paper: the commands that make each row, as a shell script.")
+    ] = False,
     protocol: Annotated[
         str | None,
         typer.Option(help="With --paper: the preset that runs must be under; left out: each method's own."),
@@ -44,8 +50,8 @@ def table(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs, gflops, params, memory; separated "
-            "by commas. Left out: miou, and pq where there is some."
+            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs and gflops (of a whole image), "
+            "forward_gmacs, params, memory; separated by commas. Left out: miou, and pq where there is some."
         ),
     ] = None,
     explain: Annotated[
@@ -70,14 +76,19 @@ def table(
     ovbench table --methods clip,sc-clip --datasets voc21,ade20k --columns miou,latency
     ovbench table --paper direct-seg
     ovbench table --paper direct-seg --table 1 --explain
+    ovbench table --paper direct-seg --table 1 --commands
+    ovbench table --paper sc-clip
     ovbench table --paper thesis-caa --table 3.5 --format latex --out heads.tex
     """
     chosen = "json" if json else format
     if chosen not in _FORMATS:
         raise unknown_name("format", chosen, _FORMATS)
     if paper is None:
-        if number is not None or protocol is not None:
-            raise UsageError(f"{'--table' if number is not None else '--protocol'} belongs to --paper: name the paper.")
+        given = [
+            name for name, value in (("--table", number), ("--protocol", protocol), ("--commands", commands)) if value
+        ]
+        if given:
+            raise UsageError(f"{given[0]} belongs to --paper: name the paper.")
         arranged = _of_records(results, methods, datasets, columns)
     else:
         given = [
@@ -87,6 +98,11 @@ def table(
         ]
         if given:
             raise UsageError(f"{given[0]} does not go with --paper: a paper's table has its own rows and columns.")
+        if commands:
+            from ovbench.tables import commands as made
+
+            _put(made.script(made.table_commands(paper, number), paper, results.parent / "trainings"), out)
+            return
         folder = results.parent / "profiles" if profiles is None else profiles
         found = _of_paper(paper, number, protocol, results, folder)
         if found is None:
@@ -134,12 +150,12 @@ def _of_paper(paper: str, number: str | None, protocol: str | None, results: Pat
 
         if protocol not in [*protocol_names(), "paper"]:
             raise unknown_name("protocol", protocol, [*protocol_names(), "paper"], "ovbench list protocols")
-    if number is None and known:
+    if number is None and len(known) > 1:
         _list_tables(paper, known)
         return None
     measured = [of_record(record) for record in store.load_all(results, on_problem=say)]
     measured += load_all(profiles, on_problem=say)
-    return arrange(paper, number or "", measured, protocol)
+    return arrange(paper, number or "".join(known), measured, protocol)
 
 
 def _list_tables(paper: str, known: list[str]) -> None:
@@ -173,7 +189,14 @@ def _write(arranged: Table, format: str, out: Path | None, explain: bool) -> Non
         for note in arranged.left_out:
             say(note)
         return
-    text = _text(arranged, format, explained)
+    _put(_text(arranged, format, explained), out)
+    if out is None and format in ("rich", "csv"):  # where there is no place for them in the table itself
+        for note in arranged.left_out:
+            say(note)
+
+
+def _put(text: str, out: Path | None) -> None:
+    """To a file or stdout."""
     if out is not None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,9 +209,6 @@ def _write(arranged: Table, format: str, out: Path | None, explain: bool) -> Non
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8"))
     sys.stdout.flush()
-    if format in ("rich", "csv"):  # where there is no place for them in the table itself
-        for note in arranged.left_out:
-            say(note)
 
 
 def _plain(text: str) -> RenderableType:

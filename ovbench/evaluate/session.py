@@ -24,7 +24,7 @@ from ovbench.measure.timing import Stopwatch, peak_memory, reset_peak_memory, su
 from ovbench.mm.compat import quiet_mmengine
 from ovbench.models.base import Model
 from ovbench.results import store
-from ovbench.results.record import Efficiency, Latency
+from ovbench.results.record import SEVERAL_SIZES, Efficiency, Latency
 
 
 def evaluate_images(state: State, benchmark: Benchmark, root: Path, model: Model, *, synthetic: bool) -> None:
@@ -265,6 +265,9 @@ def efficiency(state: State, model: Model, sample: Any, shares: Sequence[Share],
         trainable_params_m=sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
         gmacs=counted.gmacs,
         gflops=counted.gflops,
+        forwards=step.forwards,
+        image_gmacs=None if step.forwards is None else counted.gmacs * step.forwards,
+        image_gmacs_reason=SEVERAL_SIZES if step.forwards is None else None,
         input=step.input,
         tool=counted.tool,
         latency_ms=Latency(**summary(total)) if total else None,

@@ -85,7 +85,8 @@ def scalars(record: RunRecord) -> dict[str, float]:
             f"efficiency/{_UNSAFE.sub('_', key)}": None if timing is None else timing.median
             for key, timing in timings.items()
         }
-        for figure in ("images_per_s", "gmacs", "gflops", "params_m", "trainable_params_m", "peak_memory_mib"):
+        found["efficiency/forward_gmacs"] = cost.gmacs
+        for figure in ("images_per_s", "image_gmacs", "params_m", "trainable_params_m", "peak_memory_mib"):
             found[f"efficiency/{figure}"] = getattr(cost, figure)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 

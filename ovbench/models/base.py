@@ -45,10 +45,12 @@ class CostForward(NamedTuple):
     Attributes:
         run: Does it once.
         input: Its input in words, for the record.
+        forwards: How often an image takes it; None where its forwards are not of one size.
     """
 
     run: Callable[[], object]
     input: str
+    forwards: int | None
 
 
 class Model(nn.Module):

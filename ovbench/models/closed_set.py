@@ -245,8 +245,9 @@ class ClosedSetModel(WindowedModel):
         p = self.protocol
         if not self.resizes_images:
             return super().cost(image)
-        run, shape = super().cost(self.resized(image, 1.0))
-        return CostForward(run, f"{shape} at scale 1; it has {len(p.scales) * (1 + p.flip)} views")
+        found = super().cost(self.resized(image, 1.0))
+        several = len(p.scales) * (1 + p.flip)
+        return CostForward(found.run, f"{found.input} at scale 1; it has {several} views", None)
 
     @torch.inference_mode()
     def dense_features(self, image: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class OpenVocabModel(WindowedModel):
             return super().cost(image)
         size = (int(image.shape[-2]), int(image.shape[-1]))
         shape = f"1x3x{size[0]}x{size[1]}, one whole image: networks, solver and upsampling"
-        return CostForward(lambda: self.predict_labels([image], [size]), shape)
+        return CostForward(lambda: self.predict_labels([image], [size]), shape, 1)
 
     def as_trained(self) -> AbstractContextManager[None] | None:
         """Within it those parameters have gradients that the first of the method's policies trains."""

@@ -112,7 +112,8 @@ class WindowedModel(Model):
                 self.run_network(batch)
 
         shape = "x".join(map(str, batch.shape))
-        return CostForward(run, f"{shape}, {self.forward_in_words()}; the first image takes {len(views)}")
+        text = f"{shape}, {self.forward_in_words()}; the first image takes {len(views)}"
+        return CostForward(run, text, len(views))
 
     def forward_in_words(self) -> str:
         """One forward, as records say it."""

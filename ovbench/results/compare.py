@@ -274,8 +274,8 @@ def _ratio(name: str, one: RunRecord, two: RunRecord, machine: Pairs) -> Ratio:
         reason = f"the machines differ: {_words(machine)}"
     elif name == "memory" and _memory_kind(one) != _memory_kind(two):
         reason = f"measured differently: {_memory_kind(one)} / {_memory_kind(two)}"
-    elif name == "gmacs" and _input(one) != _input(two):
-        reason = f"counted on different inputs: {_input(one)} / {_input(two)}"
+    elif name == "gmacs" and _tool(one) != _tool(two):
+        reason = f"counted by different tools: {_tool(one)} / {_tool(two)}"
     return Ratio(name, first, second, None if reason or not first or second is None else second / first, reason)
 
 
@@ -283,5 +283,5 @@ def _memory_kind(record: RunRecord) -> str:
     return str(record.efficiency.peak_memory_kind if record.efficiency else None)
 
 
-def _input(record: RunRecord) -> str:
-    return str(record.efficiency.input if record.efficiency else None)
+def _tool(record: RunRecord) -> str:
+    return str(record.efficiency.tool if record.efficiency else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -12,6 +12,8 @@ from ovbench.results.quantities import FIGURES
 from ovbench.results.record import Efficiency, Environment, RunRecord
 
 STAGE = "latency:"
+CLASS = "iou:"  # of one class, named behind it
+GROUP = "mIoU:group"  # mean over the classes that it stands beside
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Measured:
         status: ``ok``, ``failed`` or ``interrupted``.
         record: The run record; None for a profile.
         convention: What counted the operations, on which input.
-        image_gmacs: 10^9 multiply-accumulates of a whole image (of the features, for a decode head); None where only a
-            window was counted.
+        image_gmacs: 10^9 multiply-accumulates of a whole image (of the features, for a decode head).
         notes: What the measurement says about itself, e.g. that it was unstable.
     """
 
@@ -92,7 +93,7 @@ def of_record(record: RunRecord) -> Measured:
         status=record.status,
         record=record,
         convention=counted,
-        image_gmacs=efficiency.gmacs if efficiency is not None and spec.mode == "whole" else None,
+        image_gmacs=None if efficiency is None else efficiency.image_gmacs,
     )
 
 
@@ -129,6 +130,11 @@ class Metric:
     machine_bound: bool = False
     counted: bool = False
 
+    @property
+    def measured(self) -> bool:
+        """Whether a run or a profile may have it at all."""
+        return self.value is not _absent
+
 
 def _accuracy(measured: Measured) -> float | None:
     record = measured.record
@@ -137,6 +143,24 @@ def _accuracy(measured: Measured) -> float | None:
 
 def _panoptic(measured: Measured) -> float | None:
     return None if measured.record is None else FIGURES["pq"].value(measured.record)
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _classes(*names: str) -> Callable[[Measured], float | None]:
+    """The mean IoU over classes, each named by one of its words; None where one is not of the benchmark or does not occur."""
+
+    def read(measured: Measured) -> float | None:
+        if measured.record is None or measured.record.metrics is None:
+            return None
+        known = {_plain(score.name): score.iou for score in measured.record.metrics.classes}
+        found = [known.get(_plain(name)) for name in names]
+        values = [value for value in found if value is not None]
+        return sum(values) / len(values) if values and len(values) == len(names) else None
+
+    return read
 
 
 def _cost(name: str, factor: float = 1.0) -> Callable[[Measured], float | None]:
@@ -180,6 +204,8 @@ _METRICS = {
     "peak_memory": Metric(
         "peak memory", 1, _cost("peak_memory_mib", MIB_IN_GB), "GB", "peak_memory_mib", machine_bound=True
     ),
+    "mAP": Metric("mask AP", 2, _absent, "percent"),
+    "referring": Metric("referring segmentation", 1, _absent, ""),
     "train_time": Metric("training time", 0, _absent, ""),
     "train_time_6k": Metric("training time of 6k iterations", 0, _absent, ""),
     "train_iterations": Metric("training iterations", 0, _absent, ""),
@@ -189,8 +215,15 @@ _METRICS = {
 _FACTORS = {("ms", "s"): 1e-3, ("s", "ms"): 1e3}
 
 
-def metric(name: str) -> Metric:
-    """How a metric of ``published.csv`` is read; ``latency:<stage>`` is the time of a stage.
+def metric(name: str, classes: Sequence[str] = ()) -> Metric:
+    """How a metric of ``published.csv`` is read.
+
+    ``latency:<stage>`` is the time of a stage, ``iou:<class>`` the IoU of a class, ``ratio:<class>`` its share of the
+    training set, which no run has.
+
+    Args:
+        name: As in the file.
+        classes: Of :data:`GROUP`, the classes.
 
     Raises:
         KeyError: No such metric.
@@ -198,12 +231,17 @@ def metric(name: str) -> Metric:
     if name.startswith(STAGE):
         stage = name.removeprefix(STAGE)
         return Metric(f"{stage} latency", 1, _stage(stage), "ms", machine_bound=True)
+    kind, _, of = name.partition(":")
+    if name == GROUP:
+        return Metric("mIoU of the group", 2, _classes(*classes), "percent")
+    if of and kind in ("iou", "ratio"):
+        return Metric(of, 2, _classes(of) if kind == "iou" else _absent, "percent")
     return _METRICS[name]
 
 
-def figure(measured: Measured, name: str, unit: str) -> float | None:
+def figure(measured: Measured, name: str, unit: str, classes: Sequence[str] = ()) -> float | None:
     """A measurement's figure in the unit of the published number; None where it has none."""
-    reader = metric(name)
+    reader = metric(name, classes)
     value = reader.value(measured)
     if value is None or unit == reader.unit:
         return value

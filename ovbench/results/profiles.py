@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from ovbench.errors import DataError
 from ovbench.results.measured import Measured, flat
@@ -32,9 +32,7 @@ class _ProfileFigures(Efficiency):
 
     convention: str = "not recorded"
     counted: str = ""
-    image_gmacs: float | None = None
-    image_gmacs_reason: str | None = None
-    windows: int | None = None
+    forwards: int | None = Field(None, validation_alias=AliasChoices("forwards", "windows"))  # the older name
     unstable: dict[str, str] = Field(default_factory=dict)
 
 
@@ -77,7 +75,7 @@ def _measured(profile: _Profile, method: str) -> Measured:
     weights = str(spec.get("weights", "random"))
     whole = figures.image_gmacs if figures.image_gmacs is not None or spec.get("part") is None else figures.gmacs
     counted = f" ({figures.counted})" if figures.counted else ""
-    times = f", {figures.windows} forwards" if figures.windows not in (None, 1) else ""
+    times = f", {figures.forwards} forwards" if figures.forwards not in (None, 1) else ""
     return Measured(
         id=profile.run_id,
         origin="profile",

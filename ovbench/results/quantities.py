@@ -43,6 +43,11 @@ def _of_efficiency(name: str) -> Callable[[RunRecord], float | None]:
     return lambda record: None if record.efficiency is None else getattr(record.efficiency, name)
 
 
+def _image_gflops(record: RunRecord) -> float | None:
+    found = None if record.efficiency is None else record.efficiency.image_gmacs
+    return None if found is None else 2 * found
+
+
 def _latency(record: RunRecord) -> float | None:
     latency = None if record.efficiency is None else record.efficiency.latency_ms
     return None if latency is None else latency.median
@@ -57,8 +62,9 @@ FIGURES: dict[str, Figure] = {
     "rq": Figure("RQ", "%", 2, _of_panoptic("rq")),
     "latency": Figure("latency", "ms", 1, _latency, machine_bound=True),
     "images_per_s": Figure("images/s", "1/s", 2, _of_efficiency("images_per_s"), machine_bound=True),
-    "gmacs": Figure("MACs", "G", 2, _of_efficiency("gmacs")),
-    "gflops": Figure("FLOPs", "G", 2, _of_efficiency("gflops")),
+    "gmacs": Figure("MACs per image", "G", 2, _of_efficiency("image_gmacs")),
+    "gflops": Figure("FLOPs per image", "G", 2, _image_gflops),
+    "forward_gmacs": Figure("MACs per forward", "G", 2, _of_efficiency("gmacs")),
     "params": Figure("parameters", "M", 2, _of_efficiency("params_m")),
     "memory": Figure("peak memory", "MiB", 0, _of_efficiency("peak_memory_mib"), machine_bound=True),
 }

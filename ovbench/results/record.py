@@ -20,7 +20,7 @@ from ovbench.results.panoptic_quality import PanopticMetrics
 from ovbench.results.stored import Stored
 from ovbench.spec import RunSpec
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Status = Literal["ok", "failed", "interrupted"]
 
@@ -86,8 +86,13 @@ class Efficiency(Stored):
     trainable_params_m_reason: str | None = None
     gmacs: float | None = Field(None, description="10^9 multiply-accumulates of one network forward, see input")
     gmacs_reason: str | None = None
-    gflops: float | None = Field(None, description="10^9 floating-point operations; 1 MAC = 2 FLOP")
+    gflops: float | None = Field(None, description="10^9 floating-point operations of it; 1 MAC = 2 FLOP")
     gflops_reason: str | None = None
+    forwards: int | None = Field(
+        None, ge=1, description="such forwards that an image takes; null where they are not of one size"
+    )
+    image_gmacs: float | None = Field(None, description="10^9 multiply-accumulates of a whole image")
+    image_gmacs_reason: str | None = None
     input: str | None = Field(None, description="network input BxCxHxW that was counted, and how many an image takes")
     tool: str | None = Field(None, description="what counted the operations, with version")
     batch: int | None = Field(None, ge=1, description="images per step of the timings; times of a step are shared out")
@@ -168,7 +173,7 @@ class Provenance(Stored):
 class RunRecord(Stored):
     """Everything that is kept of one run."""
 
-    schema_version: Literal[1] = Field(1, description="version of this layout")
+    schema_version: Literal[2] = Field(2, description="version of this layout")
     run_id: str = Field(description="unique name: start time (UTC), first digits of spec_hash, random digits")
     spec: RunSpec = Field(description="what was run: method, dataset, protocol, weights, precision")
     spec_hash: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of spec's canonical JSON")
@@ -275,8 +280,30 @@ def schema() -> dict[str, Any]:
     return RunRecord.model_json_schema()
 
 
+_FORWARDS = re.compile(r"one forward.*; the first image takes (\d+)(?: at scale 1; it has (\d+) views)?$")
+_WHOLE = ", one whole image: "
+SEVERAL_SIZES = "the views of an image have several sizes: one was counted"
+
+
+def _count_forwards(data: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 told in a sentence how many forwards an image takes; version 2 has the number, and an image's operations."""
+    efficiency = data.get("efficiency")
+    if not isinstance(efficiency, dict):
+        return data
+    text, gmacs = str(efficiency.get("input") or ""), efficiency.get("gmacs")
+    told = _FORWARDS.search(text)
+    forwards = 1 if _WHOLE in text else int(told[1]) if told and told[2] in (None, "1") else None
+    if gmacs is None:
+        reason = efficiency.get("gmacs_reason")
+    else:
+        reason = SEVERAL_SIZES if told else "not recorded how many forwards an image takes"
+    whole = gmacs * forwards if gmacs is not None and forwards is not None else None
+    added = {"forwards": forwards, "image_gmacs": whole, "image_gmacs_reason": reason if whole is None else None}
+    return {**data, "efficiency": {**efficiency, **added}}
+
+
 # From each old schema version, the function that rewrites a record's dict into the next version's layout.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _count_forwards}
 
 
 def migrate(data: Mapping[str, Any]) -> dict[str, Any]:

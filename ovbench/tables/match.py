@@ -70,14 +70,14 @@ def judge(measured: Measured, want: Wanted, unit: str, protocol: str | None) -> 
         _judge_protocol(measured, want, protocol, reasons)
     _judge_fields(measured, want, reasons, remarks)
     _judge_options(measured, want, reasons, remarks)
-    value = figure(measured, want.metric, unit)
+    value = figure(measured, want.metric, unit, want.classes)
     if value is None:
         why = metric(want.metric).why
         told = getattr(measured.efficiency, f"{why}_reason", None) if why and measured.efficiency else None
         if want.metric == "PQ" and measured.record is not None and measured.record.metrics is not None:
             told = measured.record.metrics.panoptic_reason
         if want.metric == "flops" and measured.efficiency and measured.efficiency.gmacs is not None:
-            told = "only one window was counted; ovbench profile counts whole images"
+            told = f"{measured.efficiency.image_gmacs_reason}; ovbench profile counts whole images"
         reasons.append(f"it has no {metric(want.metric).label}" + (f" ({told})" if told else ""))
     return Verdict(None if reasons else value, tuple(reasons), tuple(remarks))
 

@@ -63,6 +63,17 @@ def inferred_constants(method: str, options: Mapping[str, Any], arch: str | None
     return None
 
 
+def option_names(method: str) -> list[str]:
+    """The options of a method that have a literal default; empty where its source does not tell them."""
+    return list(_defaults(method, None) or {})
+
+
+def default_option(method: str, name: str) -> Any:
+    """An option's default, lists for tuples; None also where the source does not tell it."""
+    known = (_defaults(method, None) or {}).get(name)
+    return None if known is None else known[0]
+
+
 @cache
 def _defaults(method: str, arch: str | None) -> dict[str, tuple[Any, ...]] | None:
     """The values that each option may have by default, tuples as lists; None where the source does not tell."""

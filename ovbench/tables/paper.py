@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ovbench.registry import method_names
 from ovbench.results.comparable import data_of, differing, unequal_content
-from ovbench.results.measured import Measured, metric
+from ovbench.results.measured import CLASS, Measured, metric
 from ovbench.tables import published
 from ovbench.tables.layout import Cell, Column, Refused, Row, Section, Table
 from ovbench.tables.match import judge, protocol_for, same_machine, settings_brief
@@ -50,7 +51,25 @@ def arrange(paper: str, table: str, measured: Iterable[Measured], protocol: str 
     pool: dict[str, list[Measured]] = {}
     for item in sorted(measured, key=lambda item: (item.finished, item.id), reverse=True):
         pool.setdefault(item.method, []).append(item)
-    rows = _rows(entries)
+    title = published.title(paper)
+    if table != published.BY_METHOD:
+        title += f", Table {table if table[0].isdigit() else repr(table)}"
+    return Table(tuple(_section(f"{title}{part}", some, pool, protocol) for part, some in _parts(entries).items()))
+
+
+def _parts(entries: Sequence[Printed]) -> dict[str, list[Printed]]:
+    """A table of classes by its groups of classes, which share no column; any other whole."""
+    parts: dict[str, list[Printed]] = {}
+    by_class = any(entry.metric.startswith(CLASS) for entry in entries)
+    for entry in entries:
+        parts.setdefault(f", {entry.variant}" if by_class else "", []).append(entry)
+    return parts
+
+
+def _section(
+    title: str, entries: Sequence[Printed], pool: Mapping[str, Sequence[Measured]], protocol: str | None
+) -> Section:
+    rows = printed_rows(entries)
     columns = _columns(rows)
     built = set(method_names(None))
     shown_rows, found_rows = [], []
@@ -60,12 +79,12 @@ def arrange(paper: str, table: str, measured: Iterable[Measured], protocol: str 
         methods = {published.wanted(entry).method for entry in printed.values()}
         shown_rows.append((*key, _method_text(methods), _state(printed, found, built, pool)))
         found_rows.append(found)
-    names = ("row", "variant", "backbone", "trained on", "method", "state")
+    names = (*RowKey._fields, "method", "state")
     kept = [index for index, name in enumerate(names) if name == "row" or any(row[index] for row in shown_rows)]
     section = Section(
         kind="paper",
-        title=f"{published.title(paper)}, Table {table if table[0].isdigit() else repr(table)}",
-        settings=tuple(names[index] for index in kept),
+        title=title,
+        settings=tuple(names[index].replace("_", " ") for index in kept),
         columns=tuple(_column(column, entries) for column in columns),
         rows=tuple(
             Row(tuple(row[index] for index in kept), tuple(item.cell for item in found))
@@ -74,32 +93,64 @@ def arrange(paper: str, table: str, measured: Iterable[Measured], protocol: str 
         notes=(),
     )
     labels = _labels(list(rows))
-    return Table((replace(section, notes=tuple(_notes(section, labels, found_rows, protocol))),))
+    notes = [*_origins(entries), *_notes(section, labels, found_rows, protocol)]
+    return replace(section, notes=tuple(notes))
 
 
 _Key = tuple[str, str]  # dataset, metric
-_RowKey = tuple[str, str, str, str]  # row, variant, backbone, train_data
 
 
-def _rows(entries: Sequence[Printed]) -> dict[_RowKey, dict[_Key, Printed]]:
-    rows: dict[_RowKey, dict[_Key, Printed]] = {}
+class RowKey(NamedTuple):
+    """What tells the rows of a paper's table apart; who printed it and the setting only where the rest does not."""
+
+    row: str
+    variant: str
+    backbone: str
+    trained_on: str
+    printed_by: str = ""
+    setting: str = ""
+
+
+def printed_rows(entries: Sequence[Printed]) -> dict[RowKey, dict[_Key, Printed]]:
+    """The numbers of a table by rows, and within a row by column; numbers of different printers share no row."""
+    several = len({(entry.source, entry.table) for entry in entries}) > 1
+    rows: dict[RowKey, dict[_Key, Printed]] = {}
     for entry in entries:
-        key = (entry.row, entry.variant, entry.backbone, entry.train_data)
-        rows.setdefault(key, {})[entry.dataset, entry.metric] = entry
+        printer = f"{entry.source}, {entry.table}" if several else ""
+        key = RowKey(entry.row, entry.variant, entry.backbone, entry.train_data, printer)
+        if entry.key in rows.get(key, {}):
+            key = key._replace(setting=entry.setting)
+        rows.setdefault(key, {})[entry.key] = entry
     return rows
 
 
-def _columns(rows: Mapping[_RowKey, Mapping[_Key, Printed]]) -> dict[_Key, None]:
+def _origins(entries: Sequence[Printed]) -> Iterable[str]:
+    """Who printed the numbers, where that is not the paper that the table is of."""
+    places: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry.origin:
+            places.setdefault(entry.source, {})[entry.origin] = None
+    for source, found in places.items():
+        yield f"{published.title(source)}: read from {', '.join(found)}."
+    settings: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        if entry.setting and entry.origin:
+            settings.setdefault(entry.setting, {})[entry.row] = None
+    for setting, rows in settings.items():
+        yield f"Printed with: {setting} ({', '.join(rows)})."
+
+
+def _columns(rows: Mapping[RowKey, Mapping[_Key, Printed]]) -> dict[_Key, None]:
     """Columns in the order of the fullest row, then whatever other rows have besides; means last."""
     order: dict[_Key, None] = {}
     for printed in sorted(rows.values(), key=len, reverse=True):
         order |= dict.fromkeys(printed)
-    return dict.fromkeys(sorted(order, key=lambda column: column[0].startswith("mean")))
+    return dict.fromkeys(sorted(order, key=lambda column: published.is_mean(column[0])))
 
 
 def _column(column: _Key, entries: Sequence[Printed]) -> Column:
     dataset, name = column
-    printed = [entry for entry in entries if (entry.dataset, entry.metric) == column]
+    printed = [entry for entry in entries if entry.key == column]
     units = {entry.unit for entry in printed}
     if len(units) != 1:
         raise ValueError(f"{dataset} {name} is printed in {sorted(units)}")
@@ -112,7 +163,7 @@ def _column(column: _Key, entries: Sequence[Printed]) -> Column:
         label=reader.label,
         unit=_SHOWN_UNIT.get(unit, unit),
         digits=max(reader.digits, decimals),
-        relative=name not in published.METRICS_OF_ACCURACY,
+        relative=not published.of_accuracy(name),
     )
 
 
@@ -157,9 +208,13 @@ def _telling(item: Measured) -> dict[str, str]:
 def _mean(index: int, row: Sequence[_Found], columns: Sequence[_Key]) -> _Found:
     """The cell at ``index``, a mean column's filled from the row's other cells."""
     dataset, name = columns[index]
-    members = published.mean_members(name, dataset, columns)
+    here = [column for found, column in zip(row, columns, strict=True) if found.entry is not None]
+    members = published.mean_members(name, dataset, here, columns)
     if members is None or row[index].entry is None:
         return row[index]
+    if not members:
+        untold = "no mean: which benchmarks the printed one is over is not told"
+        return replace(row[index], cell=replace(row[index].cell, refused=(), remarks=(untold,)))
     parts = [found for found, column in zip(row, columns, strict=True) if column[0] in members and column[1] == name]
     values = [found.cell.value for found in parts if found.cell.value is not None]
     sources = [found.source for found in parts if found.source is not None]
@@ -176,9 +231,9 @@ def _mean(index: int, row: Sequence[_Found], columns: Sequence[_Key]) -> _Found:
     return replace(row[index], cell=replace(cell, value=sum(values) / len(values), members=ids, refused=()))
 
 
-def _labels(keys: Sequence[_RowKey]) -> list[str]:
-    """Names of the rows in notes: as printed, with backbone and training data where two rows are called the same."""
-    names = [key[0] for key in keys]
+def _labels(keys: Sequence[RowKey]) -> list[str]:
+    """Names of the rows in notes: as printed, with backbone and the like where two rows are called the same."""
+    names = [key.row for key in keys]
     more = [", ".join(filter(None, key[2:])) for key in keys]
     return [
         f"{name} ({detail})" if names.count(name) > 1 and detail else name
@@ -198,6 +253,9 @@ def _state(
         return ""
     wants = [published.wanted(entry) for entry in printed.values()]
     methods = {want.method for want in wants} - {""}
+    told = {want.state for want in wants}
+    if len(told) == 1 and "" not in told:
+        return told.pop()
     if not methods:
         return "published only"
     if not any(method in built or method in pool for method in methods):
@@ -215,13 +273,20 @@ def _notes(
     accurate = {
         found.source.method: str(found.source.fields.get("protocol.name"))
         for _, found in chosen
-        if found.source and found.entry and found.entry.metric in published.METRICS_OF_ACCURACY
+        if found.source and found.entry and published.of_accuracy(found.entry.metric)
     }
     if accurate:
         under = ", ".join(f"{method}: {name}" for method, name in sorted(accurate.items()))
         whose = "its method's own protocol" if protocol in (None, "paper") else "one protocol that the user chose"
         yield f"Each run of ours is under {whose} ({under})."
     yield from _data_notes(chosen)
+    unknown: dict[str, list[str]] = {}
+    for label, row in zip(labels, found_rows, strict=True):
+        for found in row:
+            if found.entry is not None and (want := published.wanted(found.entry)).state:
+                unknown.setdefault(want.unknown, []).append(label)
+    for why, places in unknown.items():
+        yield f"No run of ours stands beside {', '.join(dict.fromkeys(places))}: {why}."
     for index, column in enumerate(section.columns):
         yield from _column_notes(column, [(label, row[index]) for label, row in zip(labels, found_rows, strict=True)])
     remarks: dict[str, list[str]] = {}
@@ -260,7 +325,7 @@ def _data_notes(chosen: Sequence[tuple[str, _Found]]) -> Iterable[str]:
 def _column_notes(column: Column, cells: Sequence[tuple[str, _Found]]) -> Iterable[str]:
     """Machines and counting conventions of one column."""
     present = [(label, found, found.source) for label, found in cells if found.source is not None]
-    if not present or column.figure in published.METRICS_OF_ACCURACY:
+    if not present or published.of_accuracy(column.figure):
         return
     reader = metric(column.figure)
     if reader.machine_bound:

@@ -6,7 +6,6 @@ Times stand on one frontier only where the machines agree. The plot is drawn wit
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 Cost = Literal["latency", "gmacs"]
-COSTS: dict[str, str] = {"latency": "latency per image (ms)", "gmacs": "multiply-accumulates of the first image (G)"}
+COSTS: dict[str, str] = {"latency": "latency per image (ms)", "gmacs": "multiply-accumulates per image (G)"}
 SUFFIXES = (".png", ".svg")
-
-_FORWARDS = re.compile(r"; the first image takes (\d+)$")
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,13 @@ def points(records: Sequence[RunRecord], cost: Cost) -> list[Point]:
         )
     found = []
     for record, label, group in zip(records, _labels(records), _groups(records, cost), strict=True):
-        value = FIGURES["latency"].value(record) if cost == "latency" else image_gmacs(record)
+        value = FIGURES[cost].value(record)
         miou = FIGURES["miou"].value(record)
         if value is None or miou is None:
             missing = cost if value is None else "mIoU"
             raise UsageError(f"The run {record.run_id} has no {missing}: leave it out of the plot.")
         found.append(Point(record.run_id, label, value, miou, group))
     return found
-
-
-def image_gmacs(record: RunRecord) -> float | None:
-    """10^9 multiply-accumulates of a run's first image: of one forward, times the forwards that it takes."""
-    efficiency = record.efficiency
-    forwards = None if efficiency is None else _FORWARDS.search(efficiency.input or "")
-    if efficiency is None or efficiency.gmacs is None or forwards is None:
-        return None
-    return efficiency.gmacs * int(forwards[1])
 
 
 def frontier(chosen: Sequence[Point]) -> list[Point]:

@@ -21,6 +21,7 @@ from ovbench.results.record import RunRecord
 from ovbench.tables import published
 from ovbench.tables.layout import Cell, Column, Refused, Row, Section, Table
 from ovbench.tables.match import judge, protocol_for
+from ovbench.tables.published import Printed
 
 __all__ = ["FIGURES", "MEAN", "Cell", "Column", "Row", "Section", "Table", "table"]
 
@@ -131,9 +132,17 @@ def _section(
     )
     newest = [{dataset: runs[0] for dataset, runs in history[key].items()} for key in ordered]
     notes = [note for dataset in shown_datasets for note in _differences(dataset, newest, figures)]
-    if any(cell.published is not None for row in rows for cell in row.cells):
+    printers = {
+        entry.source: None
+        for found in newest
+        for record in found.values()
+        for name in figures
+        if name in _PRINTED and not kind and (entry := _printed(record, _PRINTED[name])) is not None
+    }
+    if printers:
         notes.append(
-            "published: as printed for the method under its own settings; 'ovbench table --paper' has whole tables"
+            f"published: as printed by {', '.join(sorted(printers))} for the method under its own settings; 'ovbench table "
+            "--paper METHOD' has what everyone prints for a method"
         )
     return Section("+".join(kind) or "results", _title(kind), shown, columns, rows, tuple(notes))
 
@@ -201,16 +210,17 @@ def _cell(
     if column.dataset not in runs:
         return Cell(None, None, refused=tuple(refused))
     newest, *older = runs[column.dataset]
+    printed = _printed(newest, _PRINTED[column.figure]) if column.figure in _PRINTED and not kind else None
     return Cell(
         figure.value(newest),
         newest.run_id,
-        published=_printed(newest, _PRINTED[column.figure]) if column.figure in _PRINTED and not kind else None,
+        published=None if printed is None else printed.value,
         others=tuple(run.run_id for run in older),
         refused=tuple(refused),
     )
 
 
-def _printed(record: RunRecord, metric: str) -> str | None:
+def _printed(record: RunRecord, metric: str) -> Printed | None:
     """The printed mIoU or PQ that a run may stand beside; None where there is none, or papers print different ones."""
     spec = record.spec
     entries = published.accuracy_of(spec.method, spec.arch or "", spec.dataset, metric)
@@ -218,7 +228,7 @@ def _printed(record: RunRecord, metric: str) -> str | None:
         return None
     want = published.wanted(entries[0])
     verdict = judge(of_record(record), want, entries[0].unit, protocol_for(spec.method, None))
-    return entries[0].value if verdict.fits else None
+    return entries[0] if verdict.fits else None
 
 
 def _differences(dataset: str, rows: Iterable[dict[str, RunRecord]], figures: Sequence[str]) -> list[str]:

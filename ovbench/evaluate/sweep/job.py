@@ -166,7 +166,7 @@ def read_outcome(code: int, seconds: float, stdout: str, log: Path, *, interrupt
         try:
             record = json.loads(stdout)
             state: State = "recorded" if any(line.startswith(RECORDED) for line in lines) else "done"
-            miou = (record["metrics"] or {}).get("miou")
+            miou = (record.get("metrics") or {}).get("miou")  # a profile has none
             return Outcome(state, run_id=record["run_id"], spec_hash=record["spec_hash"], miou=miou, **known)  # type: ignore[arg-type]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return Outcome("failed", message=f"it printed no record ({error})", **known)  # type: ignore[arg-type]

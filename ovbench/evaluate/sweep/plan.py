@@ -55,6 +55,7 @@ class Job:
         recorded: Id of the record that makes the run needless.
         miou: Of that record, percent.
         problem: Why the run cannot start.
+        skipped: Why it is left out, which is no failure.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Job:
     recorded: str | None = None
     miou: float | None = None
     problem: str | None = None
+    skipped: str | None = None
 
     @property
     def title(self) -> str:
@@ -108,7 +110,7 @@ def plan(
     jobs: list[Job] = []
     for index, (method, dataset, data_root, demo, chosen) in enumerate(wanted):
         arguments = [
-            "run", "--method", method, "--dataset", dataset, *_flags(chosen), *(["--demo"] if demo else []),
+            "run", "--method", method, "--dataset", dataset, *flags(chosen), *(["--demo"] if demo else []),
             *(["--data-root", str(data_root)] if data_root is not None else []),
             "--device", device, "--results", str(results), "--resume", *([] if again else ["--skip-recorded"]), "--json",
         ]  # fmt: skip
@@ -164,7 +166,7 @@ def _combinations(grid: Grid) -> Iterable[Combination]:
             yield method, dataset, root, grid.demo, (*grid.set.items(), *chosen)
 
 
-def _flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
+def flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
     """Options of ``ovbench run``: ``dtype=bfloat16`` as ``--dtype=bfloat16``, ``flip=false`` as ``--no-flip``."""
     flags = []
     for key, value in chosen:

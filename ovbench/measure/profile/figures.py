@@ -42,7 +42,7 @@ def measure(subject: Subject, tell: Tell = lambda text: None) -> ProfileEfficien
         "convention": spec.count,
         "counted": COUNTED[spec.count],
         "not_counted": NOT_COUNTED[spec.count],
-        "windows": subject.windows,
+        "forwards": subject.windows,
         "batch": spec.batch,
         "input": _input(subject),
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ovbench.errors import DataError, RunError
 from ovbench.hashing import sha256_of
@@ -100,9 +100,6 @@ class ProfileEfficiency(Efficiency):
     not_counted: str = Field(description="what it does not count")
     parts: dict[str, PartSize] = Field(description="parameters by part; a shared one counts in the first")
     gmacs_by_op: dict[str, float] = Field(default_factory=dict, description="gmacs by operator, largest first")
-    windows: int | None = Field(None, ge=1, description="forwards that a whole image takes; null for decode heads")
-    image_gmacs: float | None = Field(None, description="10^9 multiply-accumulates of a whole image")
-    image_gmacs_reason: str | None = None
     image_gflops: float | None = Field(None, description="10^9 floating-point operations of a whole image")
     image_gflops_reason: str | None = None
     forward_ms: Latency | None = Field(None, description="one network forward, per input")
@@ -120,6 +117,14 @@ class ProfileEfficiency(Efficiency):
         default_factory=dict, description="medians in milliseconds of every repeated process"
     )
     unstable: dict[str, str] = Field(default_factory=dict, description="figures not to be relied on, and why")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, data: Any) -> Any:
+        """Profiles of before call the forwards of an image ``windows``."""
+        if isinstance(data, dict) and "windows" in data:
+            data = {("forwards" if name == "windows" else name): value for name, value in data.items()}
+        return data
 
 
 class ProfileRecord(_Stored):

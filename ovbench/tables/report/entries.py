@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ovbench.results.comparable import KINDS, kind_of
 from ovbench.results.record import RunRecord
-from ovbench.tables.pareto import image_gmacs
 from ovbench.tables.runs import table
 
 OLDER = "older"
@@ -57,11 +56,6 @@ class Entry:
     def kind(self) -> tuple[str, ...]:
         """What the run is, whether or not a newer one exists; runs of other kinds are not drawn together."""
         return tuple(kind for kind in self.hiding if kind != OLDER)
-
-    @property
-    def image_gmacs(self) -> float | None:
-        """10^9 multiply-accumulates of the first image."""
-        return image_gmacs(self.record)
 
 
 def entries(records: Sequence[RunRecord], galleries: Sequence[Path | None]) -> list[Entry]:

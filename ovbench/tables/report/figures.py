@@ -72,12 +72,11 @@ NUMBERS = (
         "images per second of the whole evaluation loop; depends on the machine",
     ),
     NumberColumn(
-        "MACs, forward", "G", 2, _figure("gmacs"), _reason("gmacs_reason"),
-        "10^9 multiply-accumulates of one network forward (1 MAC = 2 FLOP)",
+        "MACs per image", "G", 2, _figure("gmacs"), _reason("image_gmacs_reason"),
+        "10^9 multiply-accumulates of all forwards that the first image takes (1 MAC = 2 FLOP)",
     ),
     NumberColumn(
-        "MACs, image", "G", 2, lambda entry: entry.image_gmacs, _reason("gmacs_reason"),
-        "the same for all forwards that the first image takes",
+        "MACs per forward", "G", 2, _figure("forward_gmacs"), _reason("gmacs_reason"), "the same of one network forward",
     ),
     NumberColumn("parameters", "M", 2, _figure("params"), _reason("params_m_reason"), "all networks that the method runs"),
     NumberColumn(

@@ -225,7 +225,7 @@ def _plot(
 
 
 def _has(record: RunRecord, cost: str, entry: Entry) -> bool:
-    value = FIGURES["latency"].value(record) if cost == "latency" else entry.image_gmacs
+    value = FIGURES[cost].value(record)
     return value is not None and FIGURES["miou"].value(record) is not None
 
 

@@ -86,8 +86,10 @@ def _row(entry: Entry, columns: Sequence[NumberColumn], with_published: bool) ->
     return element("tr", *cells, **scope(entry))
 
 
-_PROFILE_FIGURES = ("params", "gmacs", "latency", "images_per_s", "memory")
-_READ = {"params": "params_m", "gmacs": "gmacs", "images_per_s": "images_per_s", "memory": "peak_memory_mib"}
+_PROFILE_FIGURES = ("params", "gmacs", "forward_gmacs", "latency", "images_per_s", "memory")
+_READ = {
+    "params": "params_m", "forward_gmacs": "gmacs", "images_per_s": "images_per_s", "memory": "peak_memory_mib",
+}  # fmt: skip
 
 
 def profiles_table(profiles: Sequence[Measured]) -> Markup:
@@ -95,9 +97,7 @@ def profiles_table(profiles: Sequence[Measured]) -> Markup:
     heads = [heading("method"), heading("weights"), heading("input")]
     for name in _PROFILE_FIGURES:
         figure = FIGURES[name]
-        label = "MACs, forward" if name == "gmacs" else figure.label
-        heads.append(heading(label, figure.unit, numeric=True))
-    heads.append(heading("MACs, image", "G", numeric=True))
+        heads.append(heading(figure.label, figure.unit, numeric=True))
     heads += [heading(name) for name in ("machine", "precision", "finished", "notes")]
     rows = [_profile_row(profile) for profile in sorted(profiles, key=lambda one: (one.method, one.id))]
     return element(
@@ -120,10 +120,11 @@ def _profile_row(profile: Measured) -> Markup:
         if name == "latency":
             timing = None if cost is None else cost.latency_ms
             value = None if timing is None else timing.median
+        elif name == "gmacs":
+            value = profile.image_gmacs
         else:
             value = None if cost is None else getattr(cost, _READ[name])
         cells.append(value_cell(value, FIGURES[name].digits))
-    cells.append(value_cell(profile.image_gmacs, FIGURES["gmacs"].digits))
     notes = [text for text in (profile.convention, *profile.notes) if text]
     threads = f", {machine.threads} threads" if machine.gpu is None else ""
     cells += [
