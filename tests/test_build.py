@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ovbench.registry import method_class, method_info, method_names
 from ovbench.spec import RunSpec, protocol
 
 CLASSES = ["road", "car", "sky"]
+RECORDED = Path(__file__).with_name("specs_of_0_1.json")  # of demo runs on voc21
 
 
 def save_trained(path, method, options, *, arch=None, **fields):
@@ -126,3 +128,8 @@ def test_all_options_in_force_can_be_given_again(name):
     first = resolve(name, "builtin" if info.takes_words else "random", {}, demo=True)
     again = resolve(name, "builtin" if info.takes_words else "random", first.chosen())
     assert again.config == first.config
+
+
+@pytest.mark.parametrize("stored", json.loads(RECORDED.read_text()), ids=lambda stored: stored["spec"]["method"])
+def test_specs_that_version_0_1_recorded_keep_their_hash(stored):
+    assert RunSpec(**stored["spec"]).spec_hash() == stored["spec_hash"]

@@ -207,3 +207,18 @@ def test_all_packages_are_declared():
                 expected.add(".".join((*prefix, *path.parent.relative_to(REPO).parts)))
     expected.add("ovbench.published")  # results/published: the papers' numbers
     assert set(re.findall(r'"([\w.]+)"', listed[1])) == expected
+
+
+def test_only_models_and_the_registry_tell_kinds_of_models_apart():
+    """Elsewhere the declared interface of ovbench.models.base.Model, and MethodInfo.takes_words, must do."""
+    kinds = {"OpenVocabModel", "ViewModel", "MaskModel", "ClosedSetModel", "CLOSED_SET"}
+    wrong = []
+    for module, path in _sources():
+        if module.startswith(("models.", "registry", "methods.", "networks.", "words.")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                wrong += [f"{module} imports {alias.name}" for alias in node.names if alias.name in kinds]
+            elif isinstance(node, ast.Call) and ast.unparse(node).startswith(("getattr(model,", "getattr(self.model,")):
+                wrong.append(f"{module} line {node.lineno}: {ast.unparse(node)}")
+    assert wrong == []

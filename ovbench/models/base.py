@@ -61,6 +61,7 @@ class Model(nn.Module):
     Attributes:
         protocol: Windows, scales and thresholds.
         stage: Times a named stage of an image; replaced by who measures.
+        constants: For which backbone the method's constants were published, in words; None where none depends on it.
     """
 
     takes_words: ClassVar[bool] = True
@@ -71,6 +72,7 @@ class Model(nn.Module):
         super().__init__()
         self.protocol = protocol
         self.stage: Stage = lambda name: nullcontext()
+        self.constants: str | None = None
 
     @property
     def device(self) -> torch.device:

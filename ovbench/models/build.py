@@ -118,7 +118,7 @@ def build(spec: ModelSpec) -> Built:
         weights_sha256=digest,
         demo=resolved.demo,
         partial="; ".join(filter(None, reasons)) or None,
-        constants=getattr(getattr(model, "method", None), "constants", None),
+        constants=model.constants,
         arithmetic=1 if make is _closed_set else resolved.cls.arithmetic(spec.dtype),
     )
 

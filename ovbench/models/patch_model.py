@@ -62,6 +62,7 @@ class OpenVocabModel(WindowedModel):
         window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
         super().__init__(protocol, patch=method.clip.patch, dtype=dtype, window_batch=window_batch)
         self.method = method
+        self.constants = method.constants
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
         method.use_precision(DTYPES[dtype])
