@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -278,3 +279,17 @@ def validated(model: type[Any], fields: dict[str, Any]) -> Any:
             where = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-") if item["loc"] else "spec"
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {_SHORT.repr(item['input'])})")
         raise UsageError("; ".join(lines)) from None
+
+
+def flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
+    """Settings as they are typed: ``dtype=bfloat16`` as ``--dtype=bfloat16``, ``flip=false`` as ``--no-flip``."""
+    found = []
+    for key, value in chosen:
+        name = key.replace("_", "-")
+        if key.startswith("option."):
+            found += ["--option", f"{key.removeprefix('option.')}={value}"]
+        elif value in {"true", "false"}:
+            found.append(f"--{name}" if value == "true" else f"--no-{name}")
+        else:
+            found.append(f"--{name}={value}")
+    return found

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovbench.cli.app import run_command
-from ovbench.evaluate.sweep.plan import flags
 from ovbench.results.profiles import load_all
+from ovbench.spec import flags
 from ovbench.tables.commands import recorded_by, table_commands
 from study import parser
 

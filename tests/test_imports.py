@@ -18,10 +18,10 @@ REPO = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors", "hashing", "paths"),
     ("mm.compat", "ops", "measure", "pictures", "words.class_list", "networks.builtin", "registry", "words.prompts"),
-    ("spec", "networks", "benchmarks"),
+    ("spec", "networks", "benchmarks", "models.backbone_constants"),
     ("words", "results", "models.base"),
-    ("models.method", "models.windowed", "models.trained_file"),
-    ("models.resolve",),
+    ("models.method", "models.windowed", "models.trained_file", "train.recipe"),
+    ("models.resolve", "train.record"),
     ("models.closed_set", "models.mask_method", "networks.builtin.readouts", "networks.builtin.corpus"),
     ("methods", "models.patch_model", "tables", "networks.builtin.evaluation"),
     ("mm.heads", "mm.readers", "mm.panoptic_dataset", "models.view_averaging", "models.mask_model"),

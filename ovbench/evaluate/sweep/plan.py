@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from ovbench.errors import DataError, OvbenchError, UsageError, WeightsError, unknown_name
-from ovbench.spec import RunSpec
+from ovbench.spec import RunSpec, flags
 
 # Options of ``ovbench run`` that a sweep has to say itself.
 OWN = ("method", "dataset", "data_root", "results", "device", "resume", "skip_recorded", "json", "dump_config", "demo")
@@ -164,20 +164,6 @@ def _combinations(grid: Grid) -> Iterable[Combination]:
         root = None if own.is_path(dataset) or grid.data_root is None else grid.data_root.expanduser().absolute()
         for chosen in itertools.product(*values):
             yield method, dataset, root, grid.demo, (*grid.set.items(), *chosen)
-
-
-def flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
-    """Options of ``ovbench run``: ``dtype=bfloat16`` as ``--dtype=bfloat16``, ``flip=false`` as ``--no-flip``."""
-    flags = []
-    for key, value in chosen:
-        name = key.replace("_", "-")
-        if key.startswith("option."):
-            flags += ["--option", f"{key.removeprefix('option.')}={value}"]
-        elif value in {"true", "false"}:
-            flags.append(f"--{name}" if value == "true" else f"--no-{name}")
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
 
 
 def _methods(given: Iterable[str]) -> list[str]:
