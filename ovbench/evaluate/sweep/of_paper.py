@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovbench.errors import OvbenchError
-from ovbench.evaluate.sweep.plan import Grid, Job, ReadSpec, flags, plan
+from ovbench.evaluate.sweep.plan import Grid, Job, ReadSpec, plan
 from ovbench.results.measured import Measured
+from ovbench.spec import flags
 from ovbench.tables import published
 from ovbench.tables.commands import Command, recorded_by, table_commands
 
