@@ -37,9 +37,10 @@ def straightforward(clip, images: Tensor, masks: Tensor) -> Tensor:
     """Mask embeddings (B, M, D) with image and mask tokens in one masked sequence."""
     x, grid = clip.embed(images)
     count, tokens = masks.shape[1], x.shape[1]
-    touched = touched_patches(masks, grid)
+    touched = touched_patches(masks, grid, (images.shape[-2], images.shape[-1]))
     allowed = torch.zeros(len(x), 1, tokens + count, tokens + count, dtype=torch.bool)
     allowed[:, :, :tokens, :tokens] = True
+    allowed[:, 0, tokens:, 0] = True  # CLS, as maskclip-ding
     allowed[:, 0, tokens:, 1:tokens] = touched
     x = torch.cat([x, x[:, :1].expand(-1, count, -1)], dim=1)
     for index in range(clip.depth):
