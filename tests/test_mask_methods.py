@@ -53,7 +53,7 @@ def perturbed(method: MaskMethod, size: float = 0.05) -> MaskMethod:
 def model_of(method: MaskMethod, classes: Any = CLASSES, **fields: Any) -> MaskModel:
     own = method_info("fisa" if hasattr(method, "mask_embeddings") else "scn").protocol
     extra = {key: fields.pop(key) for key in ("window_batch", "dtype") if key in fields}
-    square = {"square": 96} if own == "fisa" else {}
+    square = {"square": 96} if own == "fisa" and "square" not in fields else {}
     return MaskModel(method, classes, protocol(own, short_side=96, **square, **fields), **extra)
 
 
