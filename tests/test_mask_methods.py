@@ -53,7 +53,7 @@ def perturbed(method: MaskMethod, size: float = 0.05) -> MaskMethod:
 def model_of(method: MaskMethod, classes: Any = CLASSES, **fields: Any) -> MaskModel:
     own = method_info("fisa" if hasattr(method, "mask_embeddings") else "scn").protocol
     extra = {key: fields.pop(key) for key in ("window_batch", "dtype") if key in fields}
-    square = {"square": 96} if own == "fisa" else {}
+    square = {"square": 96} if own == "fisa" and "square" not in fields else {}
     return MaskModel(method, classes, protocol(own, short_side=96, **square, **fields), **extra)
 
 
@@ -301,9 +301,15 @@ def test_training_has_a_word_that_no_segment_has(clip):
 def test_fisas_recipe_is_maskclips_where_the_paper_is_silent(weights):
     recipe = method_class("fisa").RECIPES["coco_panoptic"]
     assert recipe["schedule"] == "constant" and recipe["grad_clip"] == 0.01 and recipe["amp"] == "float16"
-    groups, _ = choose_parameters(build("fisa", load_clip(weights)), "full")
-    decay = {group.name: group.decay_mult for group in groups}
-    assert decay["clip.visual norms"] == 0 and decay["clip.visual"] == 1
+    method = build("fisa", load_clip(weights))
+    groups, parts = choose_parameters(method, "full")
+    norms = {
+        id(p) for module in method.modules() if isinstance(module, torch.nn.LayerNorm) for p in module.parameters()
+    }
+    plain = {group.decay_mult for group in groups for p in group.parameters if id(p) not in norms}
+    without = {group.decay_mult for group in groups for p in group.parameters if id(p) in norms}
+    assert plain == {1.0} and without == {0.0}
+    assert [part.part for part in parts].count("clip.visual") == 1  # one part, in two groups
 
 
 def test_a_class_is_seen_if_one_of_its_words_was_trained_by_its_exact_string():

@@ -352,10 +352,10 @@ class MaskMethod(Method):
                  for key, _ in module.named_parameters()}  # fmt: skip
         groups = []
         for name, params, lr in self.trained(chosen):
-            for part, decay in ((name, 1.0), (f"{name} norms", 0.0)):  # norms do not decay, as in Mask2Former's code
+            for decay in (1.0, 0.0):  # norms do not decay, as in Mask2Former's code
                 own = [parameter for parameter in params if (parameter in norms) == (decay == 0)]
                 if own:
-                    groups.append({"name": part, "params": own, "lr_mult": lr, "weight_decay_mult": decay})
+                    groups.append({"name": name, "params": own, "lr_mult": lr, "weight_decay_mult": decay})
         return groups
 
     def trained(self, policy: str) -> list[tuple[str, list[str], float]]:

@@ -188,10 +188,11 @@ def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], 
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
         frozen += 0 if id(parameter) in chosen else parameter.numel()
-    rows = []
+    sizes: dict[tuple[str, float], int] = {}  # norms that do not decay are a group of their own, but no part
     for group in groups:
-        size = sum(parameter.numel() for parameter in group.parameters)
-        rows.append(PartReport(part=group.name, params=size, trainable=size, lr_mult=group.lr_mult))
+        part = (group.name, group.lr_mult)
+        sizes[part] = sizes.get(part, 0) + sum(parameter.numel() for parameter in group.parameters)
+    rows = [PartReport(part=name, params=size, trainable=size, lr_mult=lr) for (name, lr), size in sizes.items()]
     if frozen:
         rows.append(PartReport(part="frozen", params=frozen, trainable=0, lr_mult=None))
     return groups, tuple(rows)

@@ -18,7 +18,7 @@ CACHE_LIMIT = 20 * 2**30  # bytes; one image's masks of Mask2Former at 800 x 133
 
 def generator_names() -> list[str]:
     """Ids of all generators."""
-    return [*MASK2FORMERS, "grid", "files", "oracle", "noisy-oracle"]
+    return [*MASK2FORMERS, "files", "grid", "oracle", "noisy-oracle"]
 
 
 def load_generator(
