@@ -30,6 +30,7 @@ from ovbench.errors import UsageError, unknown_name
 from ovbench.methods.maskclip_ding import MaskCLIPDing  # type: ignore[import-not-found]
 from ovbench.models.mask_method import Classified, MaskConfig, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.recompute import recomputed
 from ovbench.words.embeddings import encode_tokens
 from ovbench.words.prompts import Prompts
 
@@ -118,6 +119,7 @@ class DistributionAdapter(nn.Module):
         if layers:
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
+        self.recompute = False
 
     def forward(self, masks: Tensor) -> Tensor:
         """Logits (B, M, h, w) of logits (B, M, h, w)."""
@@ -126,8 +128,8 @@ class DistributionAdapter(nn.Module):
         # logits of padding, or of generators that are very sure, are no scale to learn on
         every = masks.flatten(0, 1)[:, None].clamp(-20, 20)
         # channels of all masks at once would be by far the largest tensors of a forward
-        parts = every.split(len(every) if torch.is_grad_enabled() else MASKS_AT_ONCE)
-        added = torch.cat([self._convolved(part) for part in parts])
+        parts = every.split(len(every) if torch.is_grad_enabled() and not self.recompute else MASKS_AT_ONCE)
+        added = torch.cat([recomputed(self.recompute, self._convolved, part) for part in parts])
         result: Tensor = masks + added[:, 0].unflatten(0, masks.shape[:2])
         return result
 
@@ -212,6 +214,11 @@ class FISA(MaskCLIPDing):  # type: ignore[misc]
         # (1, 1, C) or (B, T, C), shared out to the heads
         moved: Tensor = q + added.unflatten(-1, (q.shape[1], -1)).transpose(-3, -2)
         return moved
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of CLIP's blocks and of the adapter for the backward pass."""
+        self.clip.recompute_activations()
+        self.adapter.recompute = True
 
     def training_input(self, images: Tensor) -> Tensor:
         """Crops (B, 3, S, S), RGB 0..255, at CLIP's training size, normalised."""

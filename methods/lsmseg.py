@@ -1,9 +1,11 @@
 """LSMSeg: CAT-Seg with enriched prompts, SAM's features beside CLIP's, and few classes per image (thesis, chapter 5).
 
 Three changes to :mod:`ovbench.methods.cat_seg`. Prompts are sentences about size, shape, texture and colour (the protocol's
-``templates``, ``--prompts lsmseg``). What guides the aggregation is E = w F_clip + (1 - w) F_visual with features of a frozen
-second encoder (:mod:`ovbench.networks.cost_aggregation.fusion`); the costs stay CLIP's. Only the k classes of an image go on whose
-largest cost is highest, A_n = max over positions and prompts of C_n; the others get the logit -100, below all others.
+``templates``, ``--prompts lsmseg``). What is compared with the texts (Eqs. 5.2 and 5.6) and guides the aggregation (Eqs. 5.7 and
+5.8) is E = w F_clip + (1 - w) F_visual with features of a frozen second encoder
+(:mod:`ovbench.networks.cost_aggregation.fusion`); ``cost_from=clip`` compares CLIP's own features. Only the k classes of an image
+go on whose largest cost is highest, A_n = max over positions and prompts of M_n (Eqs. 5.3 to 5.5); the others get the logit -100,
+below all others.
 
 CAT-Seg's public code has such a filter too, at 256 classes. Here it begins at 32, so it works on every vocabulary with more
 classes, in training as well, where the loss is then taken over the kept classes (inferred). Filled up with learned tokens
@@ -29,6 +31,7 @@ from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.visual import load_visual
 
+COST_FROM = ("fused", "clip")
 METHODS = {
     "lsmseg": {
         "cls": "LSMSeg",
@@ -51,6 +54,8 @@ class LSMSegConfig(CATSegConfig):  # type: ignore[misc]
     renormalise: str = "text"
     visual: str = "sam-l"  # second encoder: none, sam-b, sam-l, dinov2-b (Table 5.6)
     visual_weights: str | None = None  # None: published weights from the hub; a file or folder; or "random"
+    # What the texts are compared with: "fused", E as in Eqs. 5.2 and 5.6; "clip": CLIP's dense features. The same with visual=none.
+    cost_from: str = "fused"
     visual_size: int = 0  # side of its input in pixels; 0: CLIP's (384 at B/16). Inferred: SAM was trained at 1024
     fusion: str = "add"  # add, concat, attention (Table 5.7; what the last two are precisely is inferred)
 
@@ -75,6 +80,7 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = (*CATSeg.PARTS, "fusion.")
     FROZEN: ClassVar[tuple[str, ...]] = ("visual.",)
+    BEFORE: ClassVar[dict[str, Any]] = {"cost_from": "clip"}  # in 0.1.0 the costs were CLIP's
 
     def __init__(
         self,
@@ -86,7 +92,11 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
     ) -> None:
         super().__init__(clip, config, sizes=sizes, seed=seed)
         c = self.config
-        for option, value, known in (("fusion", c.fusion, KINDS), ("renormalise", c.renormalise, RENORMALISE)):
+        for option, value, known in (
+            ("fusion", c.fusion, KINDS),
+            ("renormalise", c.renormalise, RENORMALISE),
+            ("cost_from", c.cost_from, COST_FROM),
+        ):
             if value not in known:
                 raise unknown_name(f"kind of {option}", value, known)
         self.aggregator.rescale = c.renormalise == "cost"
@@ -124,6 +134,10 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
             return tuple(maps)
         seen = self.visual.sized(self.clip.denormalise(images), self.config.visual_size)
         return self.fusion(maps, self.visual.maps(seen))  # type: ignore[no-any-return]
+
+    def compared(self, dense: Tensor, guide: Tensor) -> Tensor:
+        """E or CLIP's dense features (B, D, h, w), by ``cost_from``."""
+        return guide if self.config.cost_from == "fused" else dense
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Losses by name, in training mode, over the classes that each image keeps.

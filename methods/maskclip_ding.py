@@ -16,6 +16,7 @@ from torch import Tensor
 from ovbench.errors import WeightsError
 from ovbench.models.mask_method import Classified, MaskMethod, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.recompute import recomputed
 from ovbench.ops.masks import touched_patches
 
 METHODS = {
@@ -61,7 +62,8 @@ class MaskCLIPDing(MaskMethod):
         x, grid = clip.embed(images)
         touched = touched_patches(masks, grid)[:, None]  # (B, 1, M, N), the same for all heads
         m = x[:, :1].expand(-1, masks.shape[1], -1)
-        for index in range(clip.depth):
+
+        def block(x: Tensor, m: Tensor, index: int) -> tuple[Tensor, Tensor]:
             q, k, v = self.image_qkv(x, index)
             m = self.injected(m, text, index)
             seen = F.scaled_dot_product_attention(
@@ -70,6 +72,10 @@ class MaskCLIPDing(MaskMethod):
             m = clip.finish_block(index, m, seen)
             if index < clip.depth - 1:  # nobody looks at the image tokens behind the last keys and values
                 x = clip.finish_block(index, x, F.scaled_dot_product_attention(q, k, v))
+            return x, m
+
+        for index in range(clip.depth):
+            x, m = recomputed(clip.recompute, block, x, m, index)
         return clip.project(m)
 
     def image_qkv(self, x: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -153,11 +153,11 @@ def _closed_set(spec: RunSpec, path: Path, about: Any) -> _Found:
 
 def _open_vocabulary(spec: RunSpec, path: Path, about: Any) -> _Found:
     from ovbench.models.method import Method
-    from ovbench.models.trained_file import options_again
-    from ovbench.registry import method_class
+    from ovbench.models.trained_file import with_trained
+    from ovbench.registry import method_class, method_info
 
     cls = method_class(spec.method)
-    given = {**(options_again(about.method_options, cls) if about is not None else {}), **spec.method_options}
+    given = with_trained(spec.method_options, about, method_info(spec.method).name, cls)
     options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=spec.demo))
     clip = _clip(spec, path)
     # A method that reads its files itself may find more in them than a CLIP.

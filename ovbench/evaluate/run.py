@@ -235,7 +235,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     words, wording_hash = words_of(benchmark, spec)
 
     from ovbench.models.patch_model import require_device
-    from ovbench.models.trained_file import options_again, read_about, require_method, told
+    from ovbench.models.trained_file import read_about, told, with_trained
     from ovbench.registry import method_class, method_info
     from ovbench.words.embeddings import prompts
 
@@ -243,10 +243,7 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     cls = method_class(spec.method)
     path = user_path(spec.weights)
     about = read_about(path) if path.is_file() else None
-    given = spec.method_options
-    if about is not None:
-        require_method(about, method_info(spec.method).name)
-        given = {**options_again(about.method_options, cls), **given}
+    given = with_trained(spec.method_options, about, method_info(spec.method).name, cls)
     config = cls.configure_for(given, weights=spec.weights, demo=spec.demo)
     query_words = [word for entry in words for word in entry]
     prompts_hash = prompts(spec.protocol.templates).sha256(query_words)

@@ -48,6 +48,7 @@ class ClosedSetMethod:
         RECIPES: Training recipes, benchmark id to fields of ``ovbench.train.recipe.Recipe``; ``"*"`` for all others.
         DEFAULT_ARCH: Encoder that is meant where none is named.
         TRIAL_OPTIONS: Options that make it small, for ``ovbench train --demo``.
+        BEFORE: What options that came later stand at in records and trained files that do not have them.
 
     Args:
         name: Method id, which one class may have several of.
@@ -58,6 +59,7 @@ class ClosedSetMethod:
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     DEFAULT_ARCH: ClassVar[str] = "resnet50-v1c"
     TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {}
+    BEFORE: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, name: str, config: Any = None) -> None:
         self.name = name

@@ -51,12 +51,14 @@ class Method(nn.Module):
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        BEFORE: What options that came later stand at in records and trained files that do not have them.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
+    BEFORE: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
@@ -127,6 +129,26 @@ class Method(nn.Module):
     def use_precision(self, dtype: torch.dtype) -> None:
         """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
         self.clip.use_precision(dtype)
+
+    def recompute_activations(self) -> None:
+        """Keep less for the backward pass of a training and compute it again: the same losses and gradients, less memory.
+
+        Raises:
+            UsageError: Where nothing that is trained is deep enough for it.
+        """
+        raise UsageError(
+            f"{type(self).__name__} trains nothing through whose depth activations are kept: leave "
+            "checkpoint_activations away."
+        )
+
+    def loss_share(self, labels: Tensor, part: slice) -> float:
+        """Share of the losses of a batch that those of some of its images have, where both are means.
+
+        Args:
+            labels: (B, H, W), int64, 255 ignored.
+            part: Which images.
+        """
+        return len(labels[part]) / len(labels)
 
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""

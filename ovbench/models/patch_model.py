@@ -21,6 +21,7 @@ from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
 from ovbench.ops.patch_logits import PatchLogits
+from ovbench.paths import user_path
 from ovbench.spec import DType, Protocol, validated
 from ovbench.words.class_list import Classes, class_words
 from ovbench.words.embeddings import embed_words, prompts
@@ -253,19 +254,23 @@ def build_model(
         compile_mode: ``off`` or a mode of ``torch.compile``.
         activation: ``auto``, ``gelu`` or ``quickgelu`` for weight files.
         seed: Seed of random weights.
-        method_options: The method's own options.
+        method_options: The method's own options, over those that a trained file says.
         **overrides: Protocol fields such as ``mode``, ``crop``, ``stride``, ``logit_scale``, ``prob_thd``.
 
     Raises:
         UsageError: Unknown names or invalid values.
         WeightsError: The weights cannot be had or do not fit.
     """
-    from ovbench.registry import method_class
+    from ovbench.models.trained_file import read_about, with_trained
+    from ovbench.registry import method_class, method_info
     from ovbench.spec import protocol as preset
 
     words = class_words(classes)
     cls = method_class(method)
-    config = cls.configure_for(method_options or {}, weights=weights)
+    path = user_path(weights)
+    about = read_about(path) if path.is_file() else None
+    given = with_trained(method_options or {}, about, method_info(method).name, cls)
+    config = cls.configure_for(given, weights=weights)
     chosen: Protocol
     if isinstance(protocol, dict):
         chosen = validated(Protocol, protocol)

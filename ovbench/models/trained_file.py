@@ -72,6 +72,8 @@ def require_method(about: About, method: str) -> None:
 def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
     """The options that a network was trained with, of a record's options, which also hold what was found out.
 
+    An option that came later stands at what was done before it existed (``BEFORE``), whatever its default is now.
+
     Raises:
         WeightsError: They name a method from a file: a file of weights does not decide which code is run.
     """
@@ -80,7 +82,25 @@ def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
             f"The weights name the file '{recorded['base']}' as their base method: give --option base=NAME."
         )
     known = {field.name for field in fields(cls.Config)}
-    return {key: value for key, value in recorded.items() if key in known and value is not None}
+    return {key: value for key, value in {**cls.BEFORE, **recorded}.items() if key in known and value is not None}
+
+
+def with_trained(given: dict[str, Any], about: About | None, method: str, cls: Any) -> dict[str, Any]:
+    """The options that are given over those that the weights were trained with.
+
+    Args:
+        given: Options of the user.
+        about: What the weights are of; None for weights that are not ours.
+        method: Method id.
+        cls: The method.
+
+    Raises:
+        WeightsError: The weights are of another method.
+    """
+    if about is None:
+        return given
+    require_method(about, method)
+    return {**options_again(about.method_options, cls), **given}
 
 
 def read_about(path: Path) -> About | None:

@@ -214,10 +214,13 @@ def _trained(model: Any, parts: dict[str, nn.Module]) -> dict[str, Parameters] |
 def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
     """The model of a method on its CLIP, its parts, and what was found out for the spec."""
     from ovbench.models.method import random_backbones
-    from ovbench.registry import method_class
+    from ovbench.models.trained_file import read_about, with_trained
+    from ovbench.registry import method_class, method_info
 
     cls = method_class(spec.method)
-    options = dict(spec.method_options)
+    path = user_path(spec.weights)
+    about = read_about(path) if path.is_file() else None
+    options = with_trained(dict(spec.method_options), about, method_info(spec.method).name, cls)
     if spec.weights in {"random", "builtin"}:
         options = {**random_backbones(cls, options), **options}
     method = cls.load(
