@@ -52,7 +52,7 @@ class LSMSegConfig(CATSegConfig):  # type: ignore[misc]
     # Inferred: what is normalised again behind the filter. "text": the kept texts, to unit length, which they have already,
     # so that the kept costs stay as they are; "cost": the kept costs of an image, spread over 0 .. 1.
     renormalise: str = "text"
-    visual: str = "sam-l"  # second encoder: none, sam-b, sam-l, dinov2-b (Table 5.6)
+    visual: str = "sam-l"  # second encoder: none, sam-b, sam-l, dinov2-b (Table 5.6), dinov2-s
     visual_weights: str | None = None  # None: published weights from the hub; a file or folder; or "random"
     # What the texts are compared with: "fused", E as in Eqs. 5.2 and 5.6; "clip": CLIP's dense features. The same with visual=none.
     cost_from: str = "fused"

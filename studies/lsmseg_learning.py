@@ -2,11 +2,13 @@
 
     python studies/lsmseg_learning.py --out OUT                         # train what is missing, then report
     python studies/lsmseg_learning.py --out OUT --rows cat-seg --no-report  # one of several processes
+    python studies/lsmseg_learning.py --out OUT --rows "costs of E,costs of CLIP" --visual-weights dinov2_vits14.safetensors
 
 The built-in CLIP (which knows every name and no description), a narrow aggregator on few patches, COCO-Stuff's layout with
 24 of its classes in the training scenes, few iterations. Evaluated on other scenes with the same 24 classes (seen) and on
 ADE20K's, of whose classes only those count that no training scene had by name (unseen by the aggregator; the built-in CLIP
-has seen all names). Without SAM, whose weights need a download. Writes ``learning.csv``, ``learning.md`` and ``losses.png``.
+has seen all names). Without SAM, whose weights need a download; the rows "costs of" fuse DINOv2-S from a
+file. Writes ``learning.csv``, ``learning.md`` and ``losses.png``.
 """
 
 from __future__ import annotations
@@ -41,16 +43,24 @@ ROWS: dict[str, tuple[str, str, dict[str, str]]] = {  # method, prompts, options
     "prompts": ("lsmseg", "lsmseg", {**LSMSEG, "filter_k": "0"}),
     "filter + prompts": ("lsmseg", "lsmseg", {**LSMSEG, "filter_k": "32"}),
 }
+FUSED = {**LSMSEG, "filter_k": "32", "visual": "dinov2-s", "visual_size": "112"}
+WITH_VISUAL: dict[str, tuple[str, str, dict[str, str]]] = {
+    "costs of E": ("lsmseg", "cat-seg", {**FUSED, "cost_from": "fused"}),
+    "costs of CLIP": ("lsmseg", "cat-seg", {**FUSED, "cost_from": "clip"}),
+}
 
 
-def run_one(row: str, seed: int, iters: int, roots: dict[str, Path], out: Path) -> tuple[dict[str, Any], Path]:
+def run_one(
+    row: str, seed: int, iters: int, roots: dict[str, Path], out: Path, visual: str | None
+) -> tuple[dict[str, Any], Path]:
     """The evaluations' records by benchmark and the training's folder; taken from ``out`` where they are there."""
-    method, prompts, options = ROWS[row]
+    method, prompts, options = {**ROWS, **WITH_VISUAL}[row]
+    file = {} if visual is None else {"visual_weights": visual}
     where = TrainOptions(
         data_root=roots[TRAINED], results=out / "trainings", workers=0, resume=True, checkpoint_every=50
     )
     planned = plan(
-        method, TRAINED, weights="builtin", method_options={**SMALL, **options}, sentences=prompts,
+        method, TRAINED, weights="builtin", method_options={**SMALL, **options, **file}, sentences=prompts,
         changes={**RECIPE, "iters": str(iters)}, seed=seed, options=where,
     )  # fmt: skip
     training, folder = train(planned, where)  # or the one that has ended already
@@ -62,7 +72,7 @@ def run_one(row: str, seed: int, iters: int, roots: dict[str, Path], out: Path) 
     for name in (TRAINED, OTHER):
         if name not in found:
             spec = {
-                "method": method, "dataset": name, "weights": str(folder / records.WEIGHTS),
+                "method": method, "dataset": name, "weights": str(folder / records.WEIGHTS), "method_options": file,
                 "protocol": protocol(
                     "cat-seg", name, method=method, short_side=96, long_side=128, mode="whole", crop=128, stride=128,
                     square=0, global_view=False, templates=prompts,
@@ -104,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, trainings, records and the report")
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
+    parser.add_argument("--visual-weights", help="file of DINOv2-S, for the rows that fuse it")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--iters", type=int, default=150)
     parser.add_argument("--no-report", action="store_true", help="train and evaluate only")
@@ -126,7 +137,7 @@ def main() -> None:
     rows, logs = [], {}
     for seed in map(int, given.seeds.split(",")):
         for row in given.rows.split(","):
-            found, folder = run_one(row, seed, given.iters, roots, given.out)
+            found, folder = run_one(row, seed, given.iters, roots, given.out, given.visual_weights)
             training = records.read(folder / records.RECORD)
             logs.setdefault(row, folder / records.LOSSES)
             rows.append(

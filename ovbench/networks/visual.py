@@ -17,7 +17,8 @@ from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
 
 NONE = "none"
 SAM = ("sam-b", "sam-l")
-DINO = {"dinov2-b": "dinov2-b14"}  # name here: name of the attention source with the same network
+# Name here: name of the attention source with the same network. The small one is in no table; it runs on a CPU.
+DINO = {"dinov2-b": "dinov2-b14", "dinov2-s": "dinov2-s14"}
 
 
 class VisualEncoder(nn.Module, ABC):

@@ -189,6 +189,7 @@ def training_set(
     from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
+    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
     from mmengine.registry import DefaultScope
 
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
