@@ -44,6 +44,8 @@ METHODS = {
         "protocol": "cat-seg",
     }
 }
+# Looked at for what is inferred: the public CAT-Seg (configs/vitb_384.yaml, vitl_336.yaml, cat_seg_model.py) and its
+# paper.
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)
 PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)
 COCO_STUFF: dict[str, Any] = {  # config.yaml and vitb_384.yaml of the public code, where L/14 differs in CLIP alone

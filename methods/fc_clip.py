@@ -16,6 +16,7 @@ from ovbench.models.mask_method import Classified, MaskMethod, Words
 from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
 from ovbench.ops.masks import mask_pool
 
+# Looked at for what is inferred: the public FC-CLIP, which takes ConvNeXt or ResNet CLIP alone.
 METHODS = {
     "fc-clip": {
         "cls": "FCCLIP",

@@ -34,6 +34,8 @@ from ovbench.networks.recompute import recomputed
 from ovbench.words.embeddings import encode_tokens
 from ovbench.words.prompts import Prompts
 
+# Looked at for what is inferred: FISA's paper with its section 5.3, which leaves the rest to MaskCLIP's settings; the
+# public MaskCLIP; no public code of FISA was found.
 METHODS = {
     "fisa": {
         "cls": "FISA",
@@ -67,11 +69,11 @@ class FISAConfig(MaskConfig):
 
     seve: bool = True  # Table 3a
     seve_rank: int = 8  # inferred: 24 x (3584 x 8) beside the 25.2 M of the query projections
-    seve_residual: bool = True  # inferred
+    seve_residual: bool = True  # inferred: none is written around (a)
     query_scope: str = "all"  # inferred; 'masks': image tokens keep CLIP's own queries
     lora_rank: int = 0  # Table 3d: 64, 128, 256 in place of SIMO (--set policy=lora)
     adapter_layers: int = 2  # Table 3e: 0 to 3
-    adapter_width: int = 16  # inferred
+    adapter_width: int = 16  # inferred: the paper gives the layers alone
     training_side: int = 896  # crops are resized to this for CLIP; 0: as they are
 
 

@@ -31,6 +31,8 @@ from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.visual import load_visual
 
+# Looked at for what is inferred: thesis ch. 5 (Eqs. 5.1 to 5.8, Tables 5.1 to 5.11); LMSeg, arXiv 2412.00364, of the
+# same idea, whose code is announced and not public; the public CAT-Seg and SAM.
 COST_FROM = ("fused", "clip")
 METHODS = {
     "lsmseg": {
@@ -46,9 +48,9 @@ METHODS = {
 class LSMSegConfig(CATSegConfig):  # type: ignore[misc]
     """Switches; a checkpoint's own sizes come before those given here."""
 
-    pad_len: int = 32  # inferred: as in CAT-Seg, the number of classes at which the filter begins
+    pad_len: int = 32  # inferred: the number of classes at which the filter begins, as 256 is both in CAT-Seg
     filter_k: int = 32  # k and q of the category filter, Table 5.5: 16 to 96; 0: every class goes on
-    filter_training: bool = True  # inferred, from the shorter training of Table 5.8
+    filter_training: bool = True  # inferred: the training of Table 5.8 is shorter, which it could not be without
     # Inferred: what is normalised again behind the filter. "text": the kept texts, to unit length, which they have already,
     # so that the kept costs stay as they are; "cost": the kept costs of an image, spread over 0 .. 1.
     renormalise: str = "text"
@@ -76,7 +78,7 @@ class LSMSeg(CATSeg):  # type: ignore[misc]
 
     Config = LSMSegConfig
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {**CATSeg.OFFLINE_OPTIONS, "visual": "none"}
-    # Table 5.11: trained alike on each (inferred)
+    # Table 5.11: trained alike on each (inferred: no other recipe is printed)
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = (*CATSeg.PARTS, "fusion.")
     FROZEN: ClassVar[tuple[str, ...]] = ("visual.",)

@@ -19,6 +19,7 @@ from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.recompute import recomputed
 from ovbench.ops.masks import touched_patches
 
+# Looked at for what is inferred: arXiv 2208.08984 and its public code; FISA's Eq. 5.
 METHODS = {
     "maskclip-ding": {
         "cls": "MaskCLIPDing",

@@ -43,7 +43,9 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, CLASSES, 1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, CLASSES, 1)
         self.seen: list[int] = []
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -99,7 +101,8 @@ def cat_seg(weights: str, name: str = "cat-seg", **options: Any) -> Any:
 
 def fisa(weights: str, name: str = "fisa", **options: Any) -> Any:
     cls = method_class(name)
-    method = cls.load(weights, None, cls.configure({"generator": "grid", **options}), training=True)
+    side = {"training_side": 0} if name == "fisa" else {}
+    method = cls.load(weights, None, cls.configure({"generator": "grid", **side, **options}), training=True)
     method.set_training_classes(WORDS, prompts("cat-seg"))
     choose_parameters(method, method.POLICIES[0])
     generator = torch.Generator().manual_seed(3)

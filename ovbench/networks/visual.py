@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ovbench.errors import unknown_name
 from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
 
+# Looked at for what is inferred: thesis ch. 5 (Table 5.6 names DINOv2-B alone), DINOv2's public code, which gives any
+# blocks.
 NONE = "none"
 SAM = ("sam-b", "sam-l")
 # Name here: name of the attention source with the same network. The small one is in no table; it runs on a CPU.

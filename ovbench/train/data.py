@@ -189,8 +189,9 @@ def training_set(
     from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
-    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
     from mmengine.registry import DefaultScope
+
+    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)
