@@ -366,7 +366,7 @@ class CATSeg(Method):
         self.train()
         return groups
 
-    def parameter_groups(self, policy: str = "attention") -> list[dict[str, Any]]:
+    def parameter_groups(self, policy: str | None = None) -> list[dict[str, Any]]:
         """What is trained: dicts with ``name``, ``params`` (names), ``lr_mult`` and ``weight_decay_mult``.
 
         Policies: ``attention``: query and value weights of both encoders, as the public code; ``attention-qk``,
@@ -377,6 +377,7 @@ class CATSeg(Method):
         Raises:
             UsageError: Unknown policy.
         """
+        policy = policy or "attention"
         require_policy(policy)
         if policy in ATTENTION:
             self.clip.split_projections()

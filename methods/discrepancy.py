@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ovbench.errors import UsageError
-from ovbench.models.method import Method, Solver, Stage, Vocabulary
+from ovbench.models.base import Stage
+from ovbench.models.method import Method, Solver, Vocabulary
 from ovbench.networks.attention import AttentionSource, ClipSource, load_source
 from ovbench.networks.attention_base import add_attention, between_patches
 from ovbench.networks.dense_clip import DenseCLIP

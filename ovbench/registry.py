@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ovbench.models.method import Method
 
 ENTRY_POINT_GROUP = "ovbench.methods"
-OPEN_VOCABULARY, MASK_BASED, CLOSED_SET = "open-vocabulary", "mask-based", "closed-set"  # tracks
+TRACKS = OPEN_VOCABULARY, MASK_BASED, CLOSED_SET = "open-vocabulary", "mask-based", "closed-set"
 # By class of the base, what a method of it must override one of.
 _BASES = {
     "ovbench.models.mask_method.MaskMethod": ("classify",),
@@ -72,6 +72,11 @@ class MethodInfo:
     track: str = OPEN_VOCABULARY
     source: Path | None = None
     source_sha256: str | None = None
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether any words can be its classes; else those it was trained on."""
+        return self.track != CLOSED_SET
 
     def recorded(self) -> dict[str, str]:
         """What a record says of the source, beside the method's options; empty for ovbench's own methods."""

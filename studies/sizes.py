@@ -14,7 +14,7 @@ import sys
 SIZES = (336, 448, 672, 1024)
 CODE = """
 import json, resource, statistics, sys, time, torch
-from ovbench.models.patch_model import build_model
+from ovbench.models.build import build_model
 method, arch, mode, dtype, short, words, repeats = sys.argv[1:8]
 model = build_model(method, classes=[f"class {i}" for i in range(int(words))], weights="random", arch=arch, mode=mode,
                     dtype=dtype, protocol="common", templates="plain")

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ovbench.errors import UsageError, WeightsError
-from ovbench.models import trained_file as trained_weights
+from ovbench.models import trained_file
+from ovbench.models.build import Built, ModelSpec, build
 from ovbench.models.closed_set import ClosedSetModel, views_inside
-from ovbench.models.closed_set_weights import build_network, configured_method, load_network
+from ovbench.models.closed_set_weights import build_network, configured_method
 from ovbench.spec import RunSpec, protocol
 
 NAMES = ["road", "car", "sky", "tree", "person"]
@@ -44,7 +45,7 @@ def by_mmseg(network, image, size, **test_cfg):
 def test_labels_are_those_of_mmseg(network, test_cfg):
     sides = {"crop": 48, "stride": 32} if test_cfg["mode"] == "slide" else {}
     chosen = protocol("closed-set", mode=test_cfg["mode"], **sides)
-    model = ClosedSetModel(network, len(NAMES), chosen)
+    model = ClosedSetModel(network, NAMES, chosen)
     images = pictures((64, 88), (72, 50))
     sizes = [(96, 132), (72, 50)]
     found = model.predict_labels(images, sizes)
@@ -61,7 +62,7 @@ def test_labels_are_those_of_mmseg(network, test_cfg):
 def test_several_scales_and_mirrored_against_a_loop(network):
     chosen = protocol("closed-set-ms", short_side=64, long_side=200, scales=(0.5, 1.0, 1.5))
     assert views_inside(chosen) and chosen.flip
-    model = ClosedSetModel(network, len(NAMES), chosen)
+    model = ClosedSetModel(network, NAMES, chosen)
     image, size = pictures((90, 120))[0], (90, 120)
     total = torch.zeros(len(NAMES), *size)
     for scale in chosen.scales:
@@ -75,12 +76,12 @@ def test_several_scales_and_mirrored_against_a_loop(network):
     close = total.topk(2, dim=0).values
     decided = close[0] - close[1] > 1e-5
     assert torch.equal(labels[decided], total.argmax(0)[decided]) and decided.float().mean() > 0.99
-    single = ClosedSetModel(network, len(NAMES), protocol("closed-set", short_side=64))
+    single = ClosedSetModel(network, NAMES, protocol("closed-set", short_side=64))
     assert not torch.equal(single.predict_labels([image], [size])[0], labels)
 
 
 def test_a_batch_is_its_images(network):
-    model = ClosedSetModel(network, len(NAMES), protocol("closed-set", mode="slide", crop=48, stride=32))
+    model = ClosedSetModel(network, NAMES, protocol("closed-set", mode="slide", crop=48, stride=32))
     images = pictures((64, 88), (72, 50), (64, 88))
     sizes = [tuple(image.shape[-2:]) for image in images]
     together = model.predict_labels(images, sizes)
@@ -90,7 +91,7 @@ def test_a_batch_is_its_images(network):
 
 def test_what_has_no_meaning_is_refused(network):
     with pytest.raises(UsageError, match="prob_thd is for open-vocabulary methods"):
-        ClosedSetModel(network, len(NAMES), protocol("closed-set", prob_thd=0.1))
+        ClosedSetModel(network, NAMES, protocol("closed-set", prob_thd=0.1))
     with pytest.raises(UsageError, match=r"--scales: .*each above 0"):
         protocol("closed-set", scales=(0.0, 1.0))
 
@@ -110,7 +111,7 @@ def about(**fields):
         "method": "caa-fcn", "method_options": {}, "arch": "tiny", "dataset": "ade20k", "class_names": NAMES,
         "training": "t", "spec_hash": "0", "iterations": 5, "planned": 10, **fields,
     }  # fmt: skip
-    return trained_weights.About(**given)
+    return trained_file.About(**given)
 
 
 @pytest.fixture
@@ -118,20 +119,30 @@ def saved(network, tmp_path):
     path = tmp_path / "model.safetensors"
     state = dict(network.state_dict())
     state["segmentor.auxiliary_head.conv_seg.weight"] = torch.zeros(1)  # only training needs it
-    trained_weights.save(path, state, about())
+    trained_file.save(path, state, about())
     return path
 
 
-def load(path, **fields):
-    given = {"options": {}, "arch": None, "weights": str(path), "class_names": NAMES, **fields}
-    return load_network(given.pop("name", "caa-fcn"), **given)
+def load(path, **fields) -> Built:
+    given = {"name": "caa-fcn", "options": {}, "arch": None, "weights": str(path), "class_names": NAMES, **fields}
+    return build(
+        ModelSpec(
+            given["name"],
+            given["class_names"],
+            protocol("closed-set"),
+            weights=given["weights"],
+            arch=given["arch"],
+            method_options=given["options"],
+        )
+    )
 
 
 def test_trained_weights_come_back(network, saved):
-    found, method, arch, digest, said = load(saved)
-    assert arch == "tiny" and method.name == "caa-fcn" and len(digest) == 64 and said.iterations == 5
+    built = load(saved)
+    assert built.arch == "tiny" and built.method == "caa-fcn" and len(built.weights_sha256) == 64
+    assert built.partial == "weights of a trial: 5 of 10 iterations were trained" and built.activation is None
     own = network.state_dict()
-    assert all(torch.equal(value, own[key]) for key, value in found.state_dict().items())
+    assert all(torch.equal(value, own[key]) for key, value in built.model.trunk.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -154,7 +165,7 @@ def test_a_file_that_does_not_fit(network, tmp_path):
     state.pop("segmentor.decode_head.conv_seg.weight")
     state["segmentor.decode_head.conv_seg.bias"] = torch.zeros(7)
     state["segmentor.other"] = torch.zeros(1)
-    trained_weights.save(tmp_path / "bad.safetensors", state, about())
+    trained_file.save(tmp_path / "bad.safetensors", state, about())
     wanted = r"missing: decode_head.conv_seg.weight; not known: other; of another shape: decode_head.conv_seg.bias"
     with pytest.raises(WeightsError, match=wanted):
         load(tmp_path / "bad.safetensors")
@@ -167,10 +178,10 @@ def test_a_checkpoint_of_mmseg_loads(network, tmp_path):
         {"state_dict": {**state, "auxiliary_head.conv_seg.bias": torch.zeros(3)}, "meta": {"epoch": 1}},
         tmp_path / "x.pth",
     )
-    found, *_, said = load(tmp_path / "x.pth", arch="tiny")
-    assert said is None and torch.equal(
-        found.state_dict()["segmentor.decode_head.conv_seg.bias"], state["decode_head.conv_seg.bias"]
-    )
+    built = load(tmp_path / "x.pth", arch="tiny")
+    assert built.partial is None and "trained_on" not in built.method_options
+    loaded = built.model.trunk.state_dict()["segmentor.decode_head.conv_seg.bias"]
+    assert torch.equal(loaded, state["decode_head.conv_seg.bias"])
 
 
 def test_no_weights_are_told_how_to_get_them():

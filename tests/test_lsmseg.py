@@ -16,7 +16,8 @@ from ovbench.errors import UsageError, WeightsError
 from ovbench.evaluate.verify import options_again
 from ovbench.methods.cat_seg import _as_published
 from ovbench.models.patch_model import build_model
-from ovbench.models.trained_file import About, save, with_trained
+from ovbench.models.resolve import resolve
+from ovbench.models.trained_file import About, save
 from ovbench.models.view_averaging import ViewModel
 from ovbench.networks.clip_weights import from_openai_format
 from ovbench.networks.cost_aggregation.aggregator import cosine_cost, most_similar
@@ -365,8 +366,8 @@ def test_a_trained_file_from_before_means_clips_costs(clip: DenseCLIP, tmp_path:
     assert model.method.config.cost_from == meant and model.method.config.filter_k == 3
     expected = made(clip, **{**options, "cost_from": meant}).patch_logits(x, text)
     torch.testing.assert_close(model.method.patch_logits(x, text), expected, rtol=1e-5, atol=1e-5)
-    given = with_trained({"cost_from": "fused"}, about, "lsmseg", method_class("lsmseg"))
-    assert given["cost_from"] == "fused"  # what the user says stands
+    given = resolve("lsmseg", str(path), {"cost_from": "fused"})
+    assert given.config.cost_from == "fused"  # what the user says stands
 
 
 def test_a_record_from_before_is_repeated_with_clips_costs(clip: DenseCLIP) -> None:

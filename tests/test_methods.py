@@ -9,8 +9,9 @@ import torch
 from tiny_clip import photo, save_tiny
 
 from ovbench.errors import RunError, UsageError
+from ovbench.models.build import build_model
 from ovbench.models.method import Method
-from ovbench.models.patch_model import OpenVocabModel, build_model
+from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.clip_weights import load_clip
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.registry import method_class, method_info, method_names

@@ -298,7 +298,7 @@ def test_a_dumped_config_reads_the_folder(mydata: Path, weights: str) -> None:
     from mmseg.registry import DATASETS
 
     from ovbench.evaluate.config import dump_config
-    from ovbench.evaluate.run import RunOptions
+    from ovbench.evaluate.state import RunOptions
     from ovbench.spec import RunSpec
 
     spec = RunSpec(method="clip", dataset="./mydata", weights=weights, protocol="common")  # type: ignore[arg-type]

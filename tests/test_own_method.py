@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -191,7 +193,7 @@ def test_a_dumped_config_builds_the_method(own: Path, weights: str) -> None:
     from mmengine.config import Config
 
     from ovbench.evaluate.config import dump_config
-    from ovbench.evaluate.run import RunOptions
+    from ovbench.evaluate.state import RunOptions
     from ovbench.mm.segmentor import MODELS
     from ovbench.spec import RunSpec
 
@@ -284,3 +286,17 @@ def test_the_tutorial(repo: Path, tmp_path: Path) -> None:
     assert all(record.metrics is not None and np.isfinite(record.metrics.miou or np.nan) for record in records)
     assert "mix=0.2" in outputs[0] and "my_method:MyMethod" in outputs[0]
     assert len(list((folder / "pictures").glob("*-overlay.png"))) == 2
+
+
+def test_a_file_of_the_version_before_is_told_where_modules_are_now(tmp_path):
+    old = tmp_path / "old.py"
+    old.write_text("from ovbench.method import Method\n\n\nclass Mine(Method):\n    pass\n")
+    with pytest.raises(UsageError, match=r"'ovbench\.method' is 'ovbench\.models\.method' since ovbench 0\.2.*line 1"):
+        method_class(f"{old}:Mine")
+
+
+@pytest.mark.parametrize(("old", "new"), ovbench._MOVED.items())
+def test_every_moved_name_says_a_module_that_there_is(old, new):
+    assert importlib.util.find_spec(f"ovbench.{new}") is not None
+    with pytest.raises(ImportError, match=f"is 'ovbench.{new}'"):
+        importlib.import_module(f"ovbench.{old}")

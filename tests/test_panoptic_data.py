@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ovbench import benchmarks
 from ovbench.benchmarks.check.checking import check, quick_check
 from ovbench.benchmarks.synth.copies import synth
 from ovbench.errors import DataError, Interrupted, UsageError
+from ovbench.models.base import Prediction
 from ovbench.ops.panoptic import Segments, quality
 from ovbench.results import image_areas, store
 from ovbench.results.record import RunRecord
@@ -376,24 +376,24 @@ def shifted(truth: Segments) -> Segments:
 @pytest.fixture
 def segmenting(monkeypatch: pytest.MonkeyPatch) -> None:
     """CLIP's model, which gives segments as a mask method's would."""
-    module = importlib.import_module("ovbench.evaluate.run")  # the package's own "run" is the function
-    build = module._open_vocab_model
+    module = importlib.import_module("ovbench.models.build")
+    build = module.build
 
     def with_segments(*arguments: Any) -> Any:
-        model, known = build(*arguments)
+        built = build(*arguments)
+        model = built.model
+        monkeypatch.setattr(type(model), "needs_truth", True)  # after the build: it is no oracle to the record
         model.gives_segments, model.set_things = True, lambda things: None
-        model.run_network = lambda batch: model.method.patch_logits(batch, model.text)
-        model.method.config = SimpleNamespace(masks=0)
 
-        def predict(images: Any, sizes: Any, names: Any, truths: Any) -> list[tuple[torch.Tensor, Segments]]:
+        def predict(images: Any, sizes: Any, names: Any, truths: Any) -> list[Prediction]:
             given = [shifted(truth) for truth in truths]
             assert [tuple(one.ids.shape) for one in given] == [tuple(size) for size in sizes]
-            return [(one.labels(0), one) for one in given]
+            return [Prediction(one.labels(0), one) for one in given]
 
         model.predict = predict
-        return model, known
+        return built
 
-    monkeypatch.setattr(module, "_open_vocab_model", with_segments)
+    monkeypatch.setattr(module, "build", with_segments)
 
 
 @pytest.mark.usefixtures("segmenting")

@@ -115,11 +115,11 @@ def test_results_are_no_pictures(photos: Path) -> None:
 def test_a_folder_and_more(
     photos: Path, classes: list[str], weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ovbench.models import patch_model as model
+    from ovbench.models import build as door
 
     built = []
-    build = model.build_model
-    monkeypatch.setattr(model, "build_model", lambda *a, **k: built.append(a) or build(*a, **k))
+    build = door.build_model
+    monkeypatch.setattr(door, "build_model", lambda *a, **k: built.append(a) or build(*a, **k))
     save(Path("more.jpg"))
     assert run_command(arguments("photos", "more.jpg", "--out-dir", "results", weights=weights)) == 0
     assert len(built) == 1

@@ -15,7 +15,7 @@ from ovbench.cli.run import choose, default_device, parse_options
 from ovbench.errors import DataError, OvbenchError, RunError, UsageError
 
 if TYPE_CHECKING:
-    from ovbench.models.patch_model import OpenVocabModel
+    from ovbench.models.base import Model
     from ovbench.words.class_list import ClassEntry
 
 # What --write may name, and how the file of each is called.
@@ -124,23 +124,23 @@ class Predictor:
     Attributes:
         method: Method id or PATH.py:Class.
         entries: Classes.
-        settings: Of :func:`ovbench.models.patch_model.build_model`.
+        settings: Of :func:`ovbench.models.build.build_model`.
     """
 
     method: str
     entries: Sequence[ClassEntry]
     settings: dict[str, Any]
-    _model: OpenVocabModel | None = field(default=None, init=False)
+    _model: Model | None = field(default=None, init=False)
 
     @property
     def names(self) -> list[str]:
         """Names of the classes, for people."""
         return [entry.name for entry in self.entries]
 
-    def model(self) -> OpenVocabModel:
+    def model(self) -> Model:
         """The model, the same one for all pictures."""
         if self._model is None:
-            from ovbench.models.patch_model import build_model
+            from ovbench.models.build import build_model
 
             with _located():
                 words = [list(entry.words) for entry in self.entries]

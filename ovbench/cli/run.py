@@ -254,7 +254,7 @@ def own_device(given: str | None, launcher: str) -> str:
         return device
     import torch
 
-    from ovbench.models.patch_model import require_device
+    from ovbench.models.build import require_device
 
     require_device(device)
     # slurm's own name: torchrun's is set when the processes are joined. With one visible GPU per task it is the first.

@@ -116,9 +116,9 @@ def train(
 
 def _sides(method: str, recipe: Any) -> dict[str, int]:
     """The size that images had in training, for the evaluation of a closed-set method; others have a protocol of their own."""
-    from ovbench.train.network import is_closed_set
+    from ovbench.registry import method_info
 
-    if not is_closed_set(method):
+    if method_info(method).takes_words:
         return {}
     return {"long_side": max(recipe.resize), "short_side": min(recipe.resize)}
 

@@ -1,5 +1,6 @@
-"""Evaluation: mmengine's Runner with our loop and metric, areas per image in a shard file, and the record."""
+"""Evaluation: a spec to a record."""
 
-from ovbench.evaluate.run import RunOptions, run
+from ovbench.evaluate.run import run
+from ovbench.evaluate.state import RunOptions
 
 __all__ = ["RunOptions", "run"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import RunError
-from ovbench.evaluate.inputs import data_of, words_of
-from ovbench.evaluate.run import RunOptions
+from ovbench.evaluate.inputs import classes_of, data_of
+from ovbench.evaluate.state import RunOptions
 from ovbench.paths import user_path
 from ovbench.spec import RunSpec
 
@@ -31,14 +31,13 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     """
     from ovbench import benchmarks
     from ovbench.models.closed_set import views_inside
-    from ovbench.registry import CLOSED_SET, method_info
+    from ovbench.models.resolve import resolve
 
     benchmark = benchmarks.get(spec.dataset)
     root, _ = data_of(benchmark, spec, options.data_root)
-    closed = method_info(spec.method).track == CLOSED_SET
-    classes = list(benchmark.class_names) if closed else words_of(benchmark, spec)[0]
     path = user_path(spec.weights)
-    info = method_info(spec.method)
+    resolved = resolve(spec.method, spec.weights, spec.method_options, demo=spec.demo)
+    info = resolved.info
     # a method from a file is no type of mmseg's registry
     kind = (
         {"type": "OpenVocabSegmentor", "method": f"{info.source}:{info.cls}"}
@@ -47,7 +46,7 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     )
     model: dict[str, Any] = {
         **kind,
-        "classes": classes,
+        "classes": classes_of(benchmark, spec)[0],
         "weights": str(path.resolve()) if path.is_file() else spec.weights,
         "arch": spec.arch,
         "activation": spec.activation,
@@ -57,10 +56,8 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         "window_batch": spec.window_batch,
         "compile_mode": spec.compile_mode,
         "protocol": spec.protocol.model_dump(mode="json"),
-        "method_options": dict(spec.method_options),
+        "method_options": resolved.chosen(),
     }
-    if closed:
-        del model["activation"]
     short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
     dataset = benchmark.dataset_cfg(root, short_side=short_side, long_side=spec.protocol.long_side)
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())

@@ -12,14 +12,17 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ovbench.evaluate.inputs import data_of, wording_of, words_of
+from ovbench.evaluate.inputs import classes_of, data_of
 from ovbench.hashing import sha256_of_file
 from ovbench.paths import user_path
 from ovbench.results import store
 from ovbench.results.record import RunRecord
 from ovbench.spec import RunSpec
+
+if TYPE_CHECKING:
+    from ovbench.models.resolve import Resolved
 
 _SUFFIX = "_weights"  # of options that name the weights of a further backbone
 
@@ -89,31 +92,29 @@ def expected(
         WeightsError: A weights file cannot be read.
     """
     from ovbench import benchmarks
-    from ovbench.models.trained_file import read_about, told
-    from ovbench.registry import CLOSED_SET, method_info
+    from ovbench.models.resolve import resolve
 
-    info, benchmark = method_info(spec.method), benchmarks.get(spec.dataset)
+    benchmark = benchmarks.get(spec.dataset)
     root, synthetic = data_of(benchmark, spec, data_root)
     seen = {} if fingerprints is None else fingerprints
     key = (benchmark.name, root)
     if key not in seen:
         seen[key] = benchmark.fingerprint(root)
     path = user_path(spec.weights)
-    about = read_about(path) if path.is_file() else None
-    found = (_closed_set if info.track == CLOSED_SET else _open_vocabulary)(spec, path, about)
+    resolved = resolve(spec.method, spec.weights, spec.method_options, demo=spec.demo)
+    found = (_open_vocabulary if resolved.info.takes_words else _closed_set)(spec, path, resolved)
     final = spec.model_copy(
         update={
             **found.fields,
-            "method": info.name,
-            "method_options": {**found.options, **info.recorded(), **told(about)},
+            "method": resolved.info.name,
+            "method_options": resolved.recorded(found.options),
+            "protocol": classes_of(benchmark, spec)[1],
             "dataset": benchmark.name,
             "dataset_version": benchmark.version,
             "weights": path.name if path.is_file() else spec.weights,
-            "demo": synthetic or spec.demo or spec.weights == "builtin" or (about is not None and about.demo),
+            "demo": synthetic or spec.demo or spec.weights == "builtin" or resolved.demo,
         }
     )
-    if info.track != CLOSED_SET:
-        final = final.model_copy(update={"protocol": _worded(spec, benchmark)})
     return Expected(final, found.unknown, seen[key], found.certain, found.adds)
 
 
@@ -128,42 +129,22 @@ class _Found:
     adds: bool = False
 
 
-def _worded(spec: RunSpec, benchmark: Any) -> Any:
-    """The protocol with the hashes of words and templates."""
-    from ovbench.words.embeddings import prompts
-
-    words, words_hash = words_of(benchmark, spec)
-    query_words = [word for entry in words for word in entry]
-    return spec.protocol.model_copy(
-        update={
-            "wording": wording_of(benchmark, spec),
-            "wording_sha256": words_hash,
-            "templates_sha256": prompts(spec.protocol.templates).sha256(query_words),
-        }
-    )
+def _closed_set(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:
+    about = resolved.about
+    arch = about.arch if about is not None else spec.arch or resolved.cls.DEFAULT_ARCH
+    digest = sha256_of_file(path) if path.is_file() else None
+    return _Found(asdict(resolved.config), {"arch": arch, "weights_sha256": digest})
 
 
-def _closed_set(spec: RunSpec, path: Path, about: Any) -> _Found:
-    from ovbench.models.closed_set_weights import configured_method
-
-    method = configured_method(spec.method, spec.method_options, about)
-    arch = about.arch if about is not None else spec.arch or method.DEFAULT_ARCH
-    return _Found(method.options(), {"arch": arch, "weights_sha256": sha256_of_file(path) if path.is_file() else None})
-
-
-def _open_vocabulary(spec: RunSpec, path: Path, about: Any) -> _Found:
+def _open_vocabulary(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:
     from ovbench.models.method import Method
-    from ovbench.models.trained_file import with_trained
-    from ovbench.registry import method_class, method_info
 
-    cls = method_class(spec.method)
-    given = with_trained(spec.method_options, about, method_info(spec.method).name, cls)
-    options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=spec.demo))
-    clip = _clip(spec, path)
-    # A method that reads its files itself may find more in them than a CLIP.
-    own = path.is_file() and cls.load.__func__ is not Method.load.__func__  # type: ignore[attr-defined]
-    adds = cls.options is not Method.options
-    return replace(clip, options=options, certain=clip.certain and not own, adds=adds)
+    cls = resolved.cls
+    options, adds = _options(cls, resolved.config), cls.options is not Method.options
+    # A method that reads its files itself may find other things in them than a CLIP.
+    if path.is_file() and cls.load.__func__ is not Method.load.__func__:  # type: ignore[attr-defined]
+        return _Found(options, {"weights_sha256": sha256_of_file(path)}, certain=False, adds=adds)
+    return replace(_clip(spec, path), options=options, adds=adds)
 
 
 def _options(cls: Any, config: Any) -> dict[str, Any]:

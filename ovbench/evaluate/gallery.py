@@ -9,14 +9,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ovbench.benchmarks.benchmark import Benchmark
-
-if TYPE_CHECKING:
-    from ovbench.evaluate.run import _State
+from ovbench.evaluate.state import State
 
 ROWS = "gallery-rows"
 
@@ -29,9 +27,9 @@ class Pictures:
         benchmark: Names and palette.
     """
 
-    def __init__(self, state: _State, benchmark: Benchmark) -> None:
+    def __init__(self, state: State, benchmark: Benchmark) -> None:
         self.state, self.benchmark = state, benchmark
-        self.folder = state.shard.path.with_name(state.run_id)
+        self.folder = state.opened.path.with_name(state.run_id)
 
     @property
     def wanted(self) -> bool:

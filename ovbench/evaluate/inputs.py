@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir, user_path
-from ovbench.spec import RunSpec
+from ovbench.spec import Protocol, RunSpec
+from ovbench.words.class_list import Classes
 
 DEMO_IMAGES = 24
 DEMO_SEED = 20261121
 
 
-def data_of(benchmark: Any, spec: RunSpec, given: Path | None) -> tuple[Path, bool]:
+def data_of(benchmark: Benchmark, spec: RunSpec, given: Path | None) -> tuple[Path, bool]:
     """The data root, and whether its images are generated."""
     from ovbench.benchmarks import OwnBenchmark, own_root
     from ovbench.benchmarks.synth.copies import is_synthetic, synth
@@ -32,7 +33,7 @@ def data_of(benchmark: Any, spec: RunSpec, given: Path | None) -> tuple[Path, bo
     return root, is_synthetic(root)
 
 
-def wording_of(benchmark: Any, spec: RunSpec) -> str:
+def wording_of(benchmark: Benchmark, spec: RunSpec) -> str:
     """The wording in force: presets name lists of the eight benchmarks, which others do not have."""
     from ovbench.benchmarks import OwnBenchmark
 
@@ -42,7 +43,7 @@ def wording_of(benchmark: Any, spec: RunSpec) -> str:
     return str(benchmark.wordings[0]) if fallback and not chosen else p.wording
 
 
-def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
+def words_of(benchmark: Benchmark, spec: RunSpec) -> tuple[list[list[str]], str]:
     """Words per class and their hash: a named wording of the benchmark, or a file with one class per line.
 
     Raises:
@@ -62,6 +63,29 @@ def words_of(benchmark: Any, spec: RunSpec) -> tuple[list[list[str]], str]:
             "or shorter list would count the wrong classes."
         )
     return words, sha256_of(words)
+
+
+def classes_of(benchmark: Benchmark, spec: RunSpec) -> tuple[Classes, Protocol]:
+    """The classes that the model is told, and the protocol with its wording and the hashes of words and sentences.
+
+    A method with fixed classes is told their names, and its protocol says nothing of words.
+
+    Raises:
+        UsageError: Unknown wording or templates, or a class list that does not fit.
+    """
+    from ovbench.registry import method_info
+    from ovbench.words.embeddings import prompts
+
+    if not method_info(spec.method).takes_words:
+        return list(benchmark.class_names), spec.protocol
+    words, words_hash = words_of(benchmark, spec)
+    every_word = [word for entry in words for word in entry]
+    known = {
+        "wording": wording_of(benchmark, spec),
+        "wording_sha256": words_hash,
+        "templates_sha256": prompts(spec.protocol.templates).sha256(every_word),
+    }
+    return words, spec.protocol.model_copy(update=known)
 
 
 def read_classes(source: str | Path) -> list[list[str]]:

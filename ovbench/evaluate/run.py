@@ -5,85 +5,28 @@ Whatever ends a run early leaves a record that says so, and a shard file from wh
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ovbench.errors import Interrupted, RunError, UsageError
 from ovbench.evaluate import ranks
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.signals import held_back
+from ovbench.evaluate.state import RunOptions, State, metrics_of
 from ovbench.paths import user_path
 from ovbench.results import record as records
 from ovbench.results import store
-from ovbench.results.panoptic_quality import panoptic_from_sums
-from ovbench.spec import RunSpec, validated
+from ovbench.spec import Protocol, RunSpec, validated
+from ovbench.words.class_list import Classes
+
+if TYPE_CHECKING:
+    from ovbench.models.build import Built
 
 RECORDED = "Recorded already: "  # begins the message of a run that skip_recorded has ended
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where things lie and how they are worked through; nothing here can move a score.
-
-    Attributes:
-        data_root: Folder of the dataset (found in customary layouts); None only for demo runs.
-        results: Root folder of the records.
-        batch: Images per step; None takes 1 on a CPU and 8 on a GPU, where small batches leave it idle.
-        workers: Processes that read and resize images; None chooses.
-        resume: Continue the newest unfinished run of the same spec and data.
-        skip_recorded: Return the newest whole record of the same spec and data where there is one.
-        on_error: What an image that cannot be read does: ``stop`` the run with its name, or ``skip`` it, which marks the
-            run partial.
-        launcher: What has started this process and others that share the images: ``none``, ``pytorch`` or ``slurm``.
-        save_predictions: Write a palette PNG per image.
-        gallery: Images in the overlay gallery, 0 for none.
-        check: Look at the first label files before anything else.
-        cache_masks: Keep the proposals of a mask generator on disk, in a folder of at most so many GiB; 0 = off.
-        command: Command line for the record.
-        on_images: Progress callback (finished, total).
-        on_message: Receives notices for the user.
-    """
-
-    data_root: Path | None = None
-    results: Path = store.DEFAULT_ROOT
-    batch: int | None = None
-    workers: int | None = None
-    resume: bool = False
-    skip_recorded: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
-    launcher: str = "none"
-    save_predictions: bool = False
-    gallery: int = 4
-    check: bool = True
-    cache_masks: float = 0.0
-    command: str | None = None
-    on_images: Callable[[int, int], None] = lambda done, total: None
-    on_message: Callable[[str], None] = lambda text: None
-
-
-@dataclass
-class _State:
-    """What is known of a run so far, for the record of a run that ends early."""
-
-    spec: RunSpec
-    options: RunOptions
-    started: datetime
-    run_id: str = ""
-    fingerprint: str | None = None
-    weights_sha256: str | None = None
-    metrics: records.Metrics | None = None
-    efficiency: records.Efficiency | None = None
-    shard: Any = None
-    partial_reason: str | None = None
-    benchmark: Any = None
-    recorded: records.RunRecord | None = None
-    team: ranks.Team = field(default_factory=ranks.Team)
 
 
 def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
@@ -115,7 +58,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
     team = ranks.join(chosen.launcher)
     if not team.lead:  # one speaks for all
         chosen = replace(chosen, on_images=lambda done, total: None, on_message=lambda text: None)
-    state = _State(checked, chosen, datetime.now(timezone.utc), team=team)
+    state = State(checked, chosen, datetime.now(timezone.utc), team=team)
     state.run_id = records.new_run_id(checked.spec_hash(), state.started)
     try:
         return _run(state)
@@ -125,7 +68,7 @@ def run(spec: RunSpec | dict[str, Any], **options: Any) -> records.RunRecord:
         team.leave()
 
 
-def _run(state: _State) -> records.RunRecord:
+def _run(state: State) -> records.RunRecord:
     """:func:`run`, whose end the other processes hear of."""
     team = state.team
     try:
@@ -158,7 +101,7 @@ def _run(state: _State) -> records.RunRecord:
     return record
 
 
-def _ended(state: _State, error: BaseException, status: str, reason: str) -> str:
+def _ended(state: State, error: BaseException, status: str, reason: str) -> str:
     """Tells the other processes, and records a run that ends early; returns where the record is."""
     from ovbench.evaluate.shards import others_of
 
@@ -177,10 +120,10 @@ def _ended(state: _State, error: BaseException, status: str, reason: str) -> str
     return f" Record of the {status} run: {stored}"
 
 
-def _evaluate(state: _State) -> None:
+def _evaluate(state: State) -> None:
     from ovbench import benchmarks
-    from ovbench.evaluate.inputs import data_of
-    from ovbench.registry import CLOSED_SET, method_info
+    from ovbench.evaluate.inputs import classes_of, data_of
+    from ovbench.registry import method_info
 
     spec, options = state.spec, state.options
     method_info(spec.method)  # unknown names before any work
@@ -194,13 +137,21 @@ def _evaluate(state: _State) -> None:
 
             quick_check(spec.dataset, root, skip=faulty)
         state.fingerprint = benchmark.fingerprint(root, incomplete=faulty)
-        build = _closed_set_model if method_info(spec.method).track == CLOSED_SET else _open_vocab_model
-        model, known = build(spec, benchmark, state)
-    weights = Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights
-    state.weights_sha256 = known["weights_sha256"]
-    demo = known.pop("demo", False) or spec.demo or synthetic or spec.weights == "builtin"
-    common = {"dataset": benchmark.name, "dataset_version": benchmark.version, "weights": weights, "demo": demo}
-    state.spec = spec.model_copy(update={**common, **known})
+        classes, protocol = classes_of(benchmark, spec)
+        built = _build(spec, classes, protocol, options.cache_masks)
+    state.add_partial_reason(built.partial)
+    state.weights_sha256 = built.weights_sha256
+    path = user_path(spec.weights)
+    state.spec = spec.model_copy(
+        update={
+            **built.spec_fields(),
+            "protocol": protocol,
+            "dataset": benchmark.name,
+            "dataset_version": benchmark.version,
+            "weights": path.name if path.is_file() else spec.weights,
+            "demo": built.demo or spec.demo or synthetic or spec.weights == "builtin",
+        }
+    )
     if options.skip_recorded and _is_recorded(state):
         return
     options.on_message(
@@ -210,10 +161,33 @@ def _evaluate(state: _State) -> None:
 
     from ovbench.evaluate.session import evaluate_images
 
-    evaluate_images(state, benchmark, root, model, synthetic=synthetic)
+    evaluate_images(state, benchmark, root, built.model, synthetic=synthetic)
 
 
-def _is_recorded(state: _State) -> bool:
+def _build(spec: RunSpec, classes: Classes, protocol: Protocol, cache_gib: float) -> Built:
+    from ovbench.models.build import ModelSpec, build
+
+    return build(
+        ModelSpec(
+            spec.method,
+            classes,
+            protocol,
+            weights=spec.weights,
+            arch=spec.arch,
+            method_options=spec.method_options,
+            dtype=spec.dtype,
+            device=spec.device,
+            window_batch=spec.window_batch,
+            compile_mode=spec.compile_mode,
+            activation=spec.activation,
+            seed=spec.seed,
+            demo=spec.demo,
+            cache_masks=int(cache_gib * 2**30),
+        )
+    )
+
+
+def _is_recorded(state: State) -> bool:
     """Whether there is a whole record of the same spec and data; the first process looks, for all."""
     options, found = state.options, None
     if state.team.lead:
@@ -227,90 +201,7 @@ def _is_recorded(state: _State) -> bool:
     return recorded
 
 
-def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
-    """The model of a spec and what building it has found out for the record."""
-    from ovbench.evaluate.inputs import wording_of, words_of
-
-    wording = wording_of(benchmark, spec)
-    words, wording_hash = words_of(benchmark, spec)
-
-    from ovbench.models.patch_model import require_device
-    from ovbench.models.trained_file import read_about, told, with_trained
-    from ovbench.registry import method_class, method_info
-    from ovbench.words.embeddings import prompts
-
-    require_device(spec.device)
-    cls = method_class(spec.method)
-    path = user_path(spec.weights)
-    about = read_about(path) if path.is_file() else None
-    given = with_trained(spec.method_options, about, method_info(spec.method).name, cls)
-    config = cls.configure_for(given, weights=spec.weights, demo=spec.demo)
-    query_words = [word for entry in words for word in entry]
-    prompts_hash = prompts(spec.protocol.templates).sha256(query_words)
-    method = cls.load(spec.weights, spec.arch, config, activation=spec.activation, seed=spec.seed, device=spec.device)
-    if state.options.cache_masks > 0:
-        method.cache_proposals(int(state.options.cache_masks * 2**30))
-    clip = method.clip
-    protocol = spec.protocol.model_copy(
-        update={"wording": wording, "wording_sha256": wording_hash, "templates_sha256": prompts_hash}
-    )
-    info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
-    model = cls.model_class()(
-        method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
-    )
-    _note_trial(state, about)
-    if getattr(model, "needs_truth", False):
-        reasons = state.partial_reason, "an oracle has looked at the labels: an upper bound, no result"
-        state.partial_reason = "; ".join(filter(None, reasons))
-    return model, {
-        "demo": about is not None and about.demo,
-        "protocol": protocol,
-        "method": info.name,
-        "method_options": {**method.options(), **info.recorded(), **told(about)},
-        "arch": clip.arch,
-        "activation": clip.activation,
-        "weights_sha256": clip.weights_sha256,
-    }
-
-
-def _closed_set_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any, dict[str, Any]]:
-    """As :func:`_open_vocab_model`, of a network whose classes are those it was trained on."""
-    from ovbench.models.closed_set_weights import build_closed_set_model
-    from ovbench.models.trained_file import told
-    from ovbench.registry import method_info
-
-    model, loaded = build_closed_set_model(
-        spec.method,
-        classes=benchmark.class_names,
-        weights=spec.weights,
-        arch=spec.arch,
-        protocol=spec.protocol,
-        dtype=spec.dtype,
-        device=spec.device,
-        window_batch=spec.window_batch,
-        compile_mode=spec.compile_mode,
-        seed=spec.seed,
-        method_options=spec.method_options,
-    )
-    about = loaded.about
-    _note_trial(state, about)
-    info = method_info(spec.method)
-    return model, {
-        "method": info.name,
-        "method_options": {**loaded.method.options(), **info.recorded(), **told(about)},
-        "arch": loaded.arch,
-        "weights_sha256": loaded.weights_sha256,
-        "demo": about is not None and about.demo,
-    }
-
-
-def _note_trial(state: _State, about: Any) -> None:
-    """Marks a run partial whose weights were not trained to the end."""
-    if about is not None and about.iterations < about.planned:
-        state.partial_reason = f"weights of a trial: {about.iterations} of {about.planned} iterations were trained"
-
-
-def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
+def _store(state: State, status: str, reason: str | None) -> tuple[records.RunRecord, Path]:
     from ovbench.measure.environment import environment, git_state, package_versions
 
     finished = datetime.now(timezone.utc)
@@ -344,41 +235,7 @@ def _store(state: _State, status: str, reason: str | None) -> tuple[records.RunR
     return record, store.write(record, state.options.results)
 
 
-def _failures(state: _State) -> tuple[records.ImageFailure, ...]:
+def _failures(state: State) -> tuple[records.ImageFailure, ...]:
     """The images that were skipped, in order."""
     failed = {} if state.shard is None else state.shard.failed
     return tuple(records.ImageFailure(name=name, reason=reason) for _, (name, reason) in sorted(failed.items()))
-
-
-def metrics_of(state: _State) -> records.Metrics:
-    """Scores from what the run's shard file holds per image."""
-    benchmark, total = state.benchmark, state.shard.total()
-    panoptic, reason = None, None
-    if benchmark.panoptic is not None:
-        sums = state.shard.total_quality()
-        if sums is None:
-            reason = f"{state.spec.method} gives labels per pixel, no segments"
-        else:
-            parts = (part.tolist() for part in sums)
-            panoptic = panoptic_from_sums(benchmark.class_names, benchmark.panoptic.things, *parts)
-    return records.metrics_from_areas(
-        benchmark.class_names,
-        total.intersect.tolist(),
-        total.union.tolist(),
-        total.pred.tolist(),
-        total.label.tolist(),
-        images=len(state.shard.done),
-        panoptic=panoptic,
-        panoptic_reason=reason,
-    )
-
-
-def default_batch(device: str) -> int:
-    """Images per step: a GPU needs several to be busy."""
-    return 1 if device == "cpu" else 8
-
-
-def default_workers(device: str) -> int:
-    """Reader processes: one beside a CPU that computes, up to 8 beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device == "cpu" and cores > 1 else min(8, cores - 1) if device != "cpu" else 0

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,26 +17,17 @@ from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import DataError, RunError
 from ovbench.evaluate.gallery import Pictures
 from ovbench.evaluate.ranks import Share
-from ovbench.evaluate.run import default_batch, default_workers, metrics_of
 from ovbench.evaluate.shards import SUFFIX, Shard, find_unfinished, others_of, rank_path, read_header
+from ovbench.evaluate.state import State, default_batch, default_workers, metrics_of
 from ovbench.measure import flops
 from ovbench.measure.timing import Stopwatch, peak_memory, reset_peak_memory, summary
 from ovbench.mm.compat import quiet_mmengine
-from ovbench.models.closed_set import ClosedSetModel, views_inside
-from ovbench.models.patch_model import OpenVocabModel
-from ovbench.ops.windows import windows
+from ovbench.models.base import Model
 from ovbench.results import store
 from ovbench.results.record import Efficiency, Latency
 
-if TYPE_CHECKING:
-    from ovbench.evaluate.run import _State
 
-SegmentationModel = OpenVocabModel | ClosedSetModel
-
-
-def evaluate_images(
-    state: _State, benchmark: Benchmark, root: Path, model: SegmentationModel, *, synthetic: bool
-) -> None:
+def evaluate_images(state: State, benchmark: Benchmark, root: Path, model: Model, *, synthetic: bool) -> None:
     """Evaluates all images that are not done yet and fills in metrics and efficiency of ``state``.
 
     Of several processes each evaluates its share of the batches, and the first one takes in what the others have found.
@@ -47,21 +38,20 @@ def evaluate_images(
     from ovbench.mm.segmentor import OpenVocabSegmentor
 
     spec, options, team = state.spec, state.options, state.team
-    short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
+    short_side = 0 if model.resizes_images else spec.protocol.short_side
     images = Images(build_dataset(benchmark, root, short_side, spec.protocol.long_side))
     count = len(images) if spec.limit is None else min(spec.limit, len(images))
-    reasons = state.partial_reason, _partial(count, len(images), None if synthetic else benchmark.expected_images)
-    state.partial_reason = "; ".join(filter(None, reasons)) or None
+    state.add_partial_reason(_partial(count, len(images), None if synthetic else benchmark.expected_images))
     done = _open_shard(state, benchmark)
     own = batches(count, options.batch or default_batch(spec.device), done)[team.rank :: team.world]
 
     stopwatch = Stopwatch(model.device)
     model.stage = stopwatch.stage
-    if getattr(model, "gives_segments", False) and benchmark.panoptic is not None:
-        model.set_things(benchmark.panoptic.things)  # type: ignore[operator]
+    if model.gives_segments and benchmark.panoptic is not None:
+        model.set_things(benchmark.panoptic.things)
     pictures = Pictures(state, benchmark)
     monitor = Monitor(
-        state.shard,
+        state.opened,
         count,
         stopwatch,
         options.on_images,
@@ -93,9 +83,9 @@ def evaluate_images(
         if own:
             runner.test()
     memory = peak_memory(model.device)
-    state.shard.sync()
+    state.opened.sync()
     if not team.lead:
-        state.shard.close()
+        state.opened.close()
     shares = team.shares(Share(len(monitor.results), monitor.loop_seconds, memory[0] if memory else None))
     if not team.lead:
         return
@@ -106,13 +96,13 @@ def evaluate_images(
     pictures.finish()
 
 
-def _gather(state: _State, count: int) -> None:
+def _gather(state: State, count: int) -> None:
     """Takes in the shards of the other processes, and sees that no image is missing.
 
     Raises:
         RunError: One is, or all have failed.
     """
-    shard = state.shard
+    shard = state.opened
     for path in others_of(shard.path):
         shard.absorb(path, wait=10.0)
     missing = [index for index in range(count) if index not in shard.done and index not in shard.failed]
@@ -127,7 +117,7 @@ def _gather(state: _State, count: int) -> None:
             raise DataError(f"None of {count} images could be read; the first: {shard.failed[min(shard.failed)][1]}")
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text = f"{len(names)} of {count} images failed and were skipped ({', '.join(names[:3])}{more})"
-        state.partial_reason = "; ".join(filter(None, (state.partial_reason, text)))
+        state.add_partial_reason(text)
 
 
 def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: int) -> Any:
@@ -157,7 +147,7 @@ def _partial(count: int, available: int, expected: int | None) -> str | None:
     return "; ".join(reasons) or None
 
 
-def _open_shard(state: _State, benchmark: Benchmark) -> set[int]:
+def _open_shard(state: State, benchmark: Benchmark) -> set[int]:
     """Opens a new shard file for the run, or with ``resume`` the unfinished one of the same spec and data.
 
     Of several processes the first one does, and the others open files of their own beside it.
@@ -196,7 +186,7 @@ def _done_of(shard: Shard | None) -> list[int]:
     return [] if shard is None else sorted(shard.done)
 
 
-def _open_own(state: _State, folder: Path, identity: dict[str, Any], num_classes: int) -> None:
+def _open_own(state: State, folder: Path, identity: dict[str, Any], num_classes: int) -> None:
     """The shard of the first process, which has taken in what others have left."""
     from datetime import datetime
 
@@ -246,9 +236,7 @@ def quiet_work_folder() -> Iterator[str]:
                 handler.close()
 
 
-def efficiency(
-    state: _State, model: SegmentationModel, sample: Any, shares: Sequence[Share], memory_kind: str | None
-) -> Efficiency:
+def efficiency(state: State, model: Model, sample: Any, shares: Sequence[Share], memory_kind: str | None) -> Efficiency:
     """Cost of the run: parameters, operations of one forward, time per image and stage, peak memory.
 
     Args:
@@ -259,12 +247,13 @@ def efficiency(
         memory_kind: What the peaks are; None where the system does not tell.
     """
     times: dict[str, list[float]] = {}
-    for result in state.shard.done.values():
+    for result in state.opened.done.values():
         for name, value in result.times_ms.items():
             times.setdefault(name, []).append(value)
     total = times.pop("total", [])
     parameters = {id(p): p for p in model.parameters()}.values()
-    counted, shape = _count(model, sample)
+    step = model.cost(sample["inputs"].flip(0))
+    counted = flops.count(step.run)
     fresh, seconds = sum(share.images for share in shares), max(share.seconds for share in shares)
     rate = fresh / seconds if fresh and seconds else None
     peaks = [share.peak_mib for share in shares if share.peak_mib is not None]
@@ -276,7 +265,7 @@ def efficiency(
         trainable_params_m=sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
         gmacs=counted.gmacs,
         gflops=counted.gflops,
-        input=shape,
+        input=step.input,
         tool=counted.tool,
         latency_ms=Latency(**summary(total)) if total else None,
         latency_ms_reason=None if total else "no image was evaluated",
@@ -287,36 +276,3 @@ def efficiency(
         peak_memory_mib_reason=None if peaks else "the system does not tell",
         peak_memory_kind=None if not peaks or memory_kind is None else memory_kind + several,
     )
-
-
-def _count(model: SegmentationModel, sample: Any) -> tuple[flops.Flops, str]:
-    """Operations of one network forward at the first image's input, and that input in words."""
-    protocol = model.protocol
-    image = sample["inputs"]
-    height, width = image.shape[-2:]
-    if model.solver:
-        counted = flops.count(lambda: model.predict_labels([image.flip(0)], [(height, width)]))
-        return counted, f"1x3x{height}x{width}, one whole image: networks, solver and upsampling"
-    boxes = 1
-    if isinstance(model, ClosedSetModel) and views_inside(protocol):
-        height, width = model.resized(image, 1.0).shape[-2:]
-    if model.takes_views:
-        inputs = model.views((height, width))  # type: ignore[operator]
-        boxes, (height, width) = len(inputs), inputs[0]
-    elif protocol.mode == "slide":
-        found = windows(height, width, protocol.crop, protocol.stride)
-        boxes = len(found)
-        height, width = found[0][2] - found[0][0], found[0][3] - found[0][1]
-    batch = model.network_input(torch.zeros(1, 3, height, width))
-    masks = ""
-    with model.precision():
-        if isinstance(model, ClosedSetModel):
-            counted = flops.count(lambda: model.network(batch))
-        elif getattr(model, "gives_segments", False):
-            counted = flops.count(lambda: model.run_network(batch))
-            masks = f" with {model.method.config.masks} masks, the generator left out"
-        else:
-            counted = flops.count(lambda: model.method.patch_logits(batch, model.text))  # type: ignore[arg-type]
-    shape = "x".join(str(side) for side in batch.shape)
-    views = f" at scale 1; it has {len(protocol.scales) * (1 + protocol.flip)} views" if views_inside(protocol) else ""
-    return counted, f"{shape}, one forward{masks}; the first image takes {boxes}{views}"

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
 from ovbench.mm.compat import import_mmseg
-from ovbench.models.closed_set_weights import build_closed_set_model
-from ovbench.models.patch_model import build_model
-from ovbench.models.windowed import WindowedModel
+from ovbench.models.base import Model
+from ovbench.models.build import build_model
 from ovbench.ops.panoptic import Segments, segments_of_labels
-from ovbench.registry import CLOSED_SET, method_info, method_names
+from ovbench.registry import method_names
 from ovbench.words.class_list import Classes
 
 import_mmseg()
@@ -50,15 +49,14 @@ class ImageListPreprocessor(BaseDataPreprocessor):  # type: ignore[misc]
 
 @MODELS.register_module()
 class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
-    """An mmseg segmentor around :class:`ovbench.models.patch_model.OpenVocabModel` or another model of ovbench.
+    """An mmseg segmentor around a :class:`~ovbench.models.base.Model`.
 
     Args:
         method: Method id.
         classes: K classes, each a word or a list of words.
         model: A ready model instead of the two above.
         data_preprocessor: Config; the default takes mmseg's BGR images.
-        **options: As :func:`ovbench.models.patch_model.build_model`, for closed-set methods as
-            :func:`ovbench.models.closed_set_weights.build_closed_set_model`; their classes are names.
+        **options: As :func:`ovbench.models.build.build_model`.
     """
 
     method_id: str | None = None
@@ -68,7 +66,7 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
         method: str | None = None,
         classes: Classes | None = None,
         *,
-        model: WindowedModel | None = None,
+        model: Model | None = None,
         data_preprocessor: Any = None,
         init_cfg: Any = None,
         **options: Any,
@@ -80,11 +78,8 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
             name = method or self.method_id
             if name is None or classes is None:
                 raise UsageError("A segmentor needs a method and classes (or a ready model).")
-            if method_info(name).track == CLOSED_SET:
-                model, _ = build_closed_set_model(name, classes=list(classes), **_plain(options))  # type: ignore[arg-type]
-            else:
-                model = build_model(name, classes=classes, **_plain(options))
-        self.model: Any = model
+            model = build_model(name, classes=classes, **_plain(options))
+        self.model = model
         # mmengine sends batches to this device; a module without own parameters would stay on the CPU
         self.data_preprocessor.to(model.device)
         self.eval()
@@ -100,21 +95,19 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
         return False
 
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Cosine logits (B, Q, H, W), float32, of RGB images (B, 3, h, w); see :meth:`OpenVocabModel.seg_logits`."""
+        """Cosine logits (B, Q, H, W), float32, of RGB images (B, 3, h, w); see :meth:`Model.seg_logits`."""
         logits: Tensor = self.model.seg_logits(images, size)
         return logits
 
     def predict_labels(self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Label maps (H, W), int64, of RGB images; see :meth:`OpenVocabModel.predict_labels`."""
+        """Label maps (H, W), int64, of RGB images; see :meth:`Model.predict_labels`."""
         labels: list[Tensor] = self.model.predict_labels(images, sizes)
         return labels
 
     def predict(self, inputs: Any, data_samples: Any = None) -> list[Any]:
         """Data samples with ``pred_sem_seg`` (1, H, W) at each image's original size (``ori_shape``).
 
-        A model with ``gives_segments`` is asked by ``predict(images, sizes, names, truths)`` for (labels, segments) per
-        image, ``truths`` being the :class:`~ovbench.ops.panoptic.Segments` of :meth:`truth_of`; its segments become
-        ``pred_panoptic``.
+        Segments, where the model gives them, become ``pred_panoptic``.
         """
         images = list(inputs)
         samples = data_samples if data_samples is not None else [SegDataSample() for _ in images]
@@ -123,10 +116,8 @@ class OpenVocabSegmentor(BaseSegmentor):  # type: ignore[misc]
             for sample, image in zip(samples, images, strict=True)
         ]
         names = [str(sample.metainfo.get("img_path", index)) for index, sample in enumerate(samples)]
-        if getattr(self.model, "gives_segments", False):
-            predicted = self.model.predict(images, sizes, names, [self.truth_of(sample) for sample in samples])
-        else:
-            predicted = [(labels, None) for labels in self.model.predict_labels(images, sizes, names)]
+        truths = [self.truth_of(sample) for sample in samples] if self.model.needs_truth else None
+        predicted = self.model.predict(images, sizes, names, truths)
         for sample, (labels, segments) in zip(samples, predicted, strict=True):
             sample.set_data({"pred_sem_seg": PixelData(data=labels[None])})
             if segments is not None:
@@ -167,7 +158,7 @@ def build_segmentor(method: str, *, classes: Classes, weights: str = "openai", *
         method: Method id, see ``ovbench list methods``.
         classes: K classes, each a word or a list of words.
         weights: Tag, file, ``hf-hub:...``, ``random`` or ``builtin``.
-        **options: As :func:`ovbench.models.patch_model.build_model`: ``arch``, ``dtype``, ``device``, ``mode``, ``crop``, ...
+        **options: As :func:`ovbench.models.build.build_model`: ``arch``, ``dtype``, ``device``, ``mode``, ``crop``, ...
 
     Example:
         >>> seg = build_segmentor("sc-clip", weights="builtin", classes=["road", "car", ["sky", "cloud"]])

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError, unknown_name
+from ovbench.models.base import CostForward
 from ovbench.models.method import NoOptions, configured
 from ovbench.models.windowed import WindowedModel
 from ovbench.ops.assemble import Weights
 from ovbench.ops.labels import decide, decide_views
+from ovbench.ops.patch_logits import PatchLogits
 from ovbench.spec import DType, Protocol
 
 POLICIES = ("all", "frozen-encoder")
@@ -49,6 +51,7 @@ class ClosedSetMethod:
         DEFAULT_ARCH: Encoder that is meant where none is named.
         TRIAL_OPTIONS: Options that make it small, for ``ovbench train --demo``.
         BEFORE: What options that came later stand at in records and trained files that do not have them.
+        FIXED_BY_TRAINING: A trained network has the options that it was trained with, and no others.
 
     Args:
         name: Method id, which one class may have several of.
@@ -60,6 +63,7 @@ class ClosedSetMethod:
     DEFAULT_ARCH: ClassVar[str] = "resnet50-v1c"
     TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {}
     BEFORE: ClassVar[dict[str, Any]] = {}
+    FIXED_BY_TRAINING: ClassVar[bool] = True
 
     def __init__(self, name: str, config: Any = None) -> None:
         self.name = name
@@ -73,6 +77,11 @@ class ClosedSetMethod:
             UsageError: An option that the method does not have, or of the wrong type.
         """
         return configured(cls, options)
+
+    @classmethod
+    def configure_for(cls, options: dict[str, Any], *, weights: str, demo: bool = False) -> Any:
+        """As :meth:`configure`: no switch depends on weights."""
+        return cls.configure(options)
 
     def options(self) -> dict[str, Any]:
         """All switches in force, for the record."""
@@ -179,7 +188,7 @@ class ClosedSetModel(WindowedModel):
 
     Args:
         network: The network.
-        num_classes: K.
+        classes: Names of the K classes that it was trained on.
         protocol: Windows and scales. Of several views of an image (scales, mirrored), the probabilities at the output's
             size are averaged, as mmseg's test-time augmentation does.
         dtype: Precision of the network; logits and sums stay float32.
@@ -187,14 +196,12 @@ class ClosedSetModel(WindowedModel):
         compile_mode: ``off``, or a mode of ``torch.compile``.
     """
 
-    solver = None
-    takes_views = False
     takes_words = False
 
     def __init__(
         self,
         network: ClosedSetNetwork,
-        num_classes: int,
+        classes: Sequence[str],
         protocol: Protocol,
         *,
         dtype: DType = "float32",
@@ -205,31 +212,50 @@ class ClosedSetModel(WindowedModel):
         for name, off in (("prob_thd", 0.0), ("area_thd", None), ("upsample", "bilinear"), ("pamr", 0)):
             if getattr(protocol, name) != off:
                 raise UsageError(f"{name} is for open-vocabulary methods: use --protocol closed-set.")
-        self.network = network
-        self.classes = num_classes
-        self.call: Callable[[Tensor], Tensor] = network
+        self.trunk = network
+        self.query_words = list(classes)
+        self.network: Callable[[Tensor], Tensor] = network
         if compile_mode != "off":
-            self.call = torch.compile(network, mode=compile_mode, dynamic=False)
-        self.register_buffer("class_ids", torch.arange(num_classes, device=self.device), persistent=False)
+            self.network = torch.compile(network, mode=compile_mode, dynamic=False)
+        self.register_buffer("class_ids", torch.arange(len(classes), device=self.device), persistent=False)
         self.eval()
 
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return self.network.mean.device  # type: ignore[return-value]
+        return self.trunk.mean.device  # type: ignore[return-value]
 
     @property
     def num_classes(self) -> int:
         """K."""
-        return self.classes
+        return len(self.query_words)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 on the device, with the encoder's mean and deviation."""
-        return self.network.normalise(images)
+        return self.trunk.normalise(images)
 
     def run_network(self, batch: Tensor) -> Tensor:
         """Logits (B, K, h, w) on the head's grid of a network input (B, 3, H, W)."""
-        return self.call(batch)
+        return self.network(batch)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Mmseg's parts: backbone, neck, heads."""
+        return dict(self.trunk.segmentor.named_children())
+
+    def cost(self, image: Tensor) -> CostForward:
+        """As of :class:`WindowedModel`, of one view of the image at scale 1."""
+        p = self.protocol
+        if not self.resizes_images:
+            return super().cost(image)
+        run, shape = super().cost(self.resized(image, 1.0))
+        return CostForward(run, f"{shape} at scale 1; it has {len(p.scales) * (1 + p.flip)} views")
+
+    @torch.inference_mode()
+    def dense_features(self, image: Tensor) -> Tensor:
+        """The encoder's last features (h, w, C), float32, of one whole RGB image (3, H, W)."""
+        with self.precision():
+            features: Tensor = self.trunk.segmentor.extract_feat(self.network_input(image[None]))[-1]
+        return features[0].permute(1, 2, 0).float()
 
     @torch.inference_mode()
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -248,16 +274,22 @@ class ClosedSetModel(WindowedModel):
         batch = list(images)
         if len(sizes) != len(batch):
             raise ValueError(f"{len(batch)} images but {len(sizes)} sizes")
-        if not views_inside(self.protocol):
+        if not self.resizes_images:
             found = self.patch_logits(batch, names)
             with self.stage("decide"):
-                return [
-                    decide(logits.values, logits.weights(size), self.class_ids)  # type: ignore[arg-type]
-                    for logits, size in zip(found, sizes, strict=True)
-                ]
+                return [self.decide(logits, size) for logits, size in zip(found, sizes, strict=True)]
         views = [self._views(batch, sizes, scale, mirrored, names) for scale, mirrored in self._kinds()]
         with self.stage("decide"):
             return [decide_views([view[index] for view in views]) for index in range(len(batch))]
+
+    def decide(self, logits: PatchLogits, size: tuple[int, int]) -> Tensor:
+        """Label map (H, W), int64, of one view of one image."""
+        return decide(logits.values, logits.weights(size), self.class_ids)  # type: ignore[arg-type]
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the protocol has several views of an image."""
+        return views_inside(self.protocol)
 
     def _kinds(self) -> list[tuple[float, bool]]:
         return [

@@ -12,16 +12,12 @@ import torch
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.mm.compat import import_mmseg, quiet_mmengine
-from ovbench.models import trained_file
-from ovbench.models.closed_set import ClosedSetMethod, ClosedSetModel, ClosedSetNetwork
-from ovbench.models.patch_model import require_device
-from ovbench.models.trained_file import About
+from ovbench.models.closed_set import ClosedSetMethod, ClosedSetNetwork
+from ovbench.models.resolve import Resolved
 from ovbench.networks.encoders import encoder
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.paths import user_path
 from ovbench.registry import closed_set_class, method_info
-from ovbench.spec import DType, Protocol, validated
-from ovbench.spec import protocol as preset
 
 
 class Loaded(NamedTuple):
@@ -32,44 +28,30 @@ class Loaded(NamedTuple):
         method: With its switches.
         arch: Its encoder.
         weights_sha256: Hash of the file; None for random weights.
-        about: What the file says of itself; None where it says nothing.
     """
 
     network: ClosedSetNetwork
     method: ClosedSetMethod
     arch: str
     weights_sha256: str | None
-    about: About | None
 
 
 TRAINING_ONLY = ("auxiliary_head.", "decode_head.teacher.")  # in checkpoints, not in a network for evaluation
 
 
-def configured_method(name: str, options: dict[str, Any], about: About | None = None) -> ClosedSetMethod:
-    """A closed-set method with its switches; where a trained file says them, those.
+def configured_method(name: str, options: dict[str, Any]) -> ClosedSetMethod:
+    """A closed-set method with its switches.
 
     Raises:
         UsageError: Unknown method or switch.
-        WeightsError: The file is of another method, or was trained with other values than those in ``options``.
     """
-    info = method_info(name)
     cls = closed_set_class(name)
-    if about is None:
-        return cls(info.name, cls.configure(options))
-    trained_file.require_method(about, info.name)
-    told = trained_file.options_again(about.method_options, cls)
-    method = cls(info.name, cls.configure({**told, **options}))
-    trained = cls(info.name, cls.configure(told)).options()
-    for key, value in method.options().items():
-        if value != trained[key]:
-            raise WeightsError(f"The weights were trained with {key}={trained[key]}: leave '-o {key}={value}' away.")
-    return method
+    return cls(method_info(name).name, cls.configure(options))
 
 
 def load_network(
-    name: str,
+    resolved: Resolved,
     *,
-    options: dict[str, Any],
     arch: str | None,
     weights: str,
     class_names: Sequence[str],
@@ -79,8 +61,7 @@ def load_network(
     """A network for evaluation.
 
     Args:
-        name: Method id.
-        options: Switches.
+        resolved: The method with its switches, and what a trained file says of itself.
         arch: Encoder; None takes what a trained file says, else the method's default.
         weights: ``random``, a file of ``ovbench train``, or a checkpoint of mmseg (``backbone.*``, ``decode_head.*``).
         class_names: Classes in label order.
@@ -88,9 +69,10 @@ def load_network(
         device: Torch device.
 
     Raises:
-        UsageError: Unknown names.
+        UsageError: Unknown encoder, or weights that no closed-set method has.
         WeightsError: A file that cannot be read, or does not fit method, encoder or classes.
     """
+    name = resolved.info.name
     path = user_path(weights)
     if weights in {"openai", "builtin"}:
         raise UsageError(
@@ -99,8 +81,8 @@ def load_network(
         )
     if weights != "random" and not path.is_file():
         raise WeightsError(f"No weights file '{weights}'. Give the model.safetensors of a training, or 'random'.")
-    about = None if weights == "random" else trained_file.read_about(path)
-    method = configured_method(name, options, about)
+    about = resolved.about
+    method: ClosedSetMethod = resolved.cls(name, resolved.config)
     if about is not None:
         if arch is not None and arch != about.arch:
             raise WeightsError(f"The weights have the encoder '{about.arch}': leave '--arch {arch}' away.")
@@ -118,41 +100,7 @@ def load_network(
             state = {f"segmentor.{key}": value for key, value in state.items()}
         load_strictly(network, state, path.name, arch)
     digest = None if weights == "random" else sha256_of_file(path)
-    return Loaded(network.eval().to(device), method, arch, digest, about)
-
-
-def build_closed_set_model(
-    method: str,
-    *,
-    classes: Sequence[str],
-    weights: str,
-    arch: str | None = None,
-    protocol: Protocol | dict[str, Any] | str | None = None,
-    dtype: DType = "float32",
-    device: str = "cpu",
-    window_batch: int | None = None,
-    compile_mode: str = "off",
-    seed: int = 0,
-    method_options: dict[str, Any] | None = None,
-) -> tuple[ClosedSetModel, Loaded]:
-    """A ready :class:`ClosedSetModel` by names, and what was found out on the way; see :func:`load_network`.
-
-    Raises:
-        UsageError: Unknown names or invalid values.
-        WeightsError: The weights cannot be read or do not fit.
-    """
-    require_device(device)
-    if isinstance(protocol, dict):
-        chosen: Protocol = validated(Protocol, protocol)
-    else:
-        chosen = protocol if isinstance(protocol, Protocol) else preset(protocol or "paper", method=method)
-    loaded = load_network(
-        method, options=method_options or {}, arch=arch, weights=weights, class_names=classes, seed=seed, device=device
-    )
-    model = ClosedSetModel(
-        loaded.network, len(classes), chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
-    )
-    return model, loaded
+    return Loaded(network.eval().to(device), method, arch, digest)
 
 
 def build_network(

@@ -89,7 +89,6 @@ class MaskMethod(Method):
     """Base of all mask-based methods: override :meth:`classify`.
 
     Class attributes:
-        POLICIES: Which parameters can be trained; the first is the recipes' own.
         LOSS: Weights of the losses.
         POS_INTERP: How position embeddings are resized in training; in evaluation the protocol says it.
 
@@ -106,7 +105,6 @@ class MaskMethod(Method):
     Config = MaskConfig
     MODEL: ClassVar[str] = "ovbench.models.mask_model:MaskModel"
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"generator": "grid"}
-    POLICIES: ClassVar[tuple[str, ...]] = ()
     LOSS: ClassVar[LossWeights] = LossWeights()
     POS_INTERP: ClassVar[Literal["size", "bilinear"]] = "size"
     takes_segments: ClassVar[bool] = True  # losses are taken on true segments where the data has them

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
+from ovbench.models.base import Prediction
 from ovbench.models.mask_method import MaskMethod, Words, whole_patches
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.mask_generators.generator import Proposals
@@ -64,7 +65,7 @@ class MaskModel(OpenVocabModel):
     """
 
     takes_views = True
-    gives_segments = True
+    gives_segments = True  # after set_things
     method: MaskMethod
 
     def __init__(
@@ -131,6 +132,10 @@ class MaskModel(OpenVocabModel):
         count = self.method.config.masks
         masks = example_masks(count, (batch.shape[-2] // 4, batch.shape[-1] // 4)).to(batch.device)
         return self.method.classify(batch, masks.expand(batch.shape[0], -1, -1, -1), self.vocabulary()).logits
+
+    def forward_in_words(self) -> str:
+        """One forward, as records say it."""
+        return f"one forward with {self.method.config.masks} masks, the generator left out"
 
     @torch.inference_mode()
     def classified(
@@ -235,7 +240,7 @@ class MaskModel(OpenVocabModel):
         sizes: Sequence[tuple[int, int]],
         names: Sequence[str] | None = None,
         truths: Sequence[Segments | None] | None = None,
-    ) -> list[tuple[Tensor, Segments | None]]:
+    ) -> list[Prediction]:
         """Label map (H, W), int64, and segments of each image; no segments before :meth:`set_things`.
 
         Args:
@@ -251,10 +256,10 @@ class MaskModel(OpenVocabModel):
         with self.stage("decide"):
             return [self._output(one, size) for one, size in zip(found, sizes, strict=True)]
 
-    def _output(self, found: ImageMasks, size: tuple[int, int]) -> tuple[Tensor, Segments | None]:
+    def _output(self, found: ImageMasks, size: tuple[int, int]) -> Prediction:
         labels = self.decide(found, size)
         if self.things is None:
-            return labels, None
+            return Prediction(labels)
         c = self.method.config
         ids, classes = panoptic_ids(
             found.probabilities,
@@ -264,13 +269,13 @@ class MaskModel(OpenVocabModel):
             object_thd=c.object_thd,
             overlap_thd=c.overlap_thd,
         )
-        return labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool))
+        return Prediction(labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool)))
 
     def predict_labels(
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
     ) -> list[Tensor]:
         """Label maps, one (H, W) int64 tensor per image; see :meth:`predict`."""
-        return [labels for labels, _ in self.predict(images, sizes, names)]
+        return [found.labels for found in self.predict(images, sizes, names)]
 
     @torch.inference_mode()
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:

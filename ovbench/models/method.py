@@ -6,8 +6,6 @@ Windows, batching, synonyms, thresholds, resizing, precision and timing live onc
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError, unknown_name
+from ovbench.models.base import Stage
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.patch_logits import PatchLogits
 
@@ -40,9 +39,6 @@ class Vocabulary:
     logit_scale: float
 
 
-Stage = Callable[[str], AbstractContextManager[Any]]  # times a named stage of an image
-
-
 class Method(nn.Module):
     """Base of all training-free methods: override :meth:`features`.
 
@@ -50,15 +46,20 @@ class Method(nn.Module):
         Config: Frozen dataclass of the method's constants, each with its source beside it.
         OFFLINE_OPTIONS: Options under which the method needs no weights besides CLIP's, for tests and ``--demo``.
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
+        POLICIES: Which parameters can be trained; the first is the recipes' own.
         MODEL: ``module:Class`` of what puts the method under a protocol.
         BEFORE: What options that came later stand at in records and trained files that do not have them.
+        FIXED_BY_TRAINING: A trained file's options cannot be changed.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
+    POLICIES: ClassVar[tuple[str, ...]] = ()
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
     BEFORE: ClassVar[dict[str, Any]] = {}
+    FIXED_BY_TRAINING: ClassVar[bool] = False
+    takes_segments: ClassVar[bool] = False  # losses are taken on true segments where the data has them
 
     def __init__(self, clip: DenseCLIP, config: Any = None) -> None:
         super().__init__()
@@ -153,6 +154,14 @@ class Method(nn.Module):
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""
         raise UsageError(f"{type(self).__name__} proposes no masks: leave --cache-masks away.")
+
+    def parameter_groups(self, policy: str | None = None) -> list[dict[str, Any]]:
+        """What a policy trains: dicts with ``name``, ``params`` (names), ``lr_mult`` and ``weight_decay_mult``.
+
+        Raises:
+            UsageError: Unknown policy, or a method without any.
+        """
+        raise UsageError(f"{type(self).__name__} is training-free: there is nothing to train.")
 
     def features(self, images: Tensor) -> Tensor:
         """Dense features (B, h, w, D), not normalised, of normalised images (B, 3, H, W)."""

@@ -5,14 +5,16 @@ How images go through the network in windows is in :mod:`ovbench.models.windowed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovbench.errors import UsageError
+from ovbench.models.base import CostForward
 from ovbench.models.method import Method, Solver, Vocabulary
 from ovbench.models.windowed import AUTO_WINDOWS, DTYPES, WindowedModel
 from ovbench.networks.dense_clip import DenseCLIP
@@ -21,8 +23,7 @@ from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
 from ovbench.ops.patch_logits import PatchLogits
-from ovbench.paths import user_path
-from ovbench.spec import DType, Protocol, validated
+from ovbench.spec import DType, Protocol
 from ovbench.words.class_list import Classes, class_words
 from ovbench.words.embeddings import embed_words, prompts
 
@@ -41,8 +42,7 @@ class OpenVocabModel(WindowedModel):
             the window batch, so that one shape is compiled.
     """
 
-    takes_words = True
-    takes_views = False  # a square and a global view in the protocol
+    takes_views: ClassVar[bool] = False  # a square and a global view in the protocol
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class OpenVocabModel(WindowedModel):
             )
         if self.solver:
             self.network_stage = "logits"
-        self.network: Callable[[Tensor, Any], Any] = method.patch_logits
+        self.network = method.patch_logits
         if self.solver and protocol.mode == "whole":
             self.network = self.solver.patch_logits_and_attention
         if compile_mode != "off":
@@ -110,6 +110,41 @@ class OpenVocabModel(WindowedModel):
     def run_network(self, batch: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Cosine logits (B, Q, h, w) of a network input (B, 3, H, W), of a solver also its attention."""
         return self.network(batch, self.text)  # type: ignore[no-any-return]
+
+    def cost(self, image: Tensor) -> CostForward:
+        """As of :class:`WindowedModel`; of a solver, the whole image."""
+        if not self.solver:
+            return super().cost(image)
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        shape = f"1x3x{size[0]}x{size[1]}, one whole image: networks, solver and upsampling"
+        return CostForward(lambda: self.predict_labels([image], [size]), shape)
+
+    def as_trained(self) -> AbstractContextManager[None] | None:
+        """Within it those parameters have gradients that the first of the method's policies trains."""
+        return self._under_policy() if self.method.POLICIES else None
+
+    @contextmanager
+    def _under_policy(self) -> Iterator[None]:
+        names = {name for group in self.method.parameter_groups() for name in group["params"]}
+        for name, parameter in self.method.named_parameters():
+            parameter.requires_grad_(name in names)
+        try:
+            yield
+        finally:
+            self.method.requires_grad_(False)
+            if isinstance(self.clip, DenseCLIP):
+                self.clip.join_projections()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The method's networks, CLIP as its two towers; what both towers share or none holds is in neither."""
+        parts: dict[str, nn.Module] = {}
+        for name, child in self.method.named_children():
+            if isinstance(child, DenseCLIP):
+                parts[f"{name}.visual"] = child.visual
+                parts[f"{name}.text"] = child.clip  # the vision tower is counted already
+            else:
+                parts[name] = child
+        return parts
 
     @torch.inference_mode()
     def seg_logits(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -220,88 +255,3 @@ class OpenVocabModel(WindowedModel):
 def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise UsageError(f"Images must be (B, 3, h, w) RGB; got shape {tuple(images.shape)}.")
-
-
-def build_model(
-    method: str,
-    *,
-    classes: Classes,
-    weights: str = "openai",
-    arch: str | None = None,
-    protocol: Protocol | dict[str, Any] | str | None = None,
-    benchmark: str | None = None,
-    dtype: DType = "float32",
-    device: str = "cpu",
-    window_batch: int | None = None,
-    compile_mode: str = "off",
-    activation: Any = "auto",
-    seed: int = 0,
-    method_options: dict[str, Any] | None = None,
-    **overrides: Any,
-) -> OpenVocabModel:
-    """A ready :class:`OpenVocabModel` by names.
-
-    Args:
-        method: Method id, see ``ovbench list methods``.
-        classes: K classes, each a word or a list of words.
-        weights: See :func:`ovbench.networks.clip_weights.load_clip`.
-        arch: open_clip architecture, or None.
-        protocol: A full protocol (also as a dict), a preset's name, or None for the method's own preset.
-        benchmark: Benchmark whose preset values are meant; None leaves its thresholds away.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: Torch device.
-        window_batch: Windows per forward; None takes up to 32.
-        compile_mode: ``off`` or a mode of ``torch.compile``.
-        activation: ``auto``, ``gelu`` or ``quickgelu`` for weight files.
-        seed: Seed of random weights.
-        method_options: The method's own options, over those that a trained file says.
-        **overrides: Protocol fields such as ``mode``, ``crop``, ``stride``, ``logit_scale``, ``prob_thd``.
-
-    Raises:
-        UsageError: Unknown names or invalid values.
-        WeightsError: The weights cannot be had or do not fit.
-    """
-    from ovbench.models.trained_file import read_about, with_trained
-    from ovbench.registry import method_class, method_info
-    from ovbench.spec import protocol as preset
-
-    words = class_words(classes)
-    cls = method_class(method)
-    path = user_path(weights)
-    about = read_about(path) if path.is_file() else None
-    given = with_trained(method_options or {}, about, method_info(method).name, cls)
-    config = cls.configure_for(given, weights=weights)
-    chosen: Protocol
-    if isinstance(protocol, dict):
-        chosen = validated(Protocol, protocol)
-    elif isinstance(protocol, Protocol):
-        chosen = protocol
-    else:
-        chosen = preset(protocol or "paper", benchmark, method=method, **overrides)
-        overrides = {}
-    if overrides:
-        raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
-    if dtype not in DTYPES:
-        raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
-    require_device(device)
-    built = cls.load(weights, arch, config, activation=activation, seed=seed, device=device)
-    model: OpenVocabModel = cls.model_class()(
-        built, words, chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
-    )
-    return model
-
-
-def require_device(device: str) -> None:
-    """Nothing, if torch can run on ``device``.
-
-    Raises:
-        UsageError: No such device on this machine.
-    """
-    kind = device.split(":")[0]
-    if kind not in {"cpu", "cuda"}:
-        raise UsageError(f"Unknown device '{device}'. Known: cpu, cuda, cuda:N.")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(device.split(":")[1]) if device[5:].isdigit() else 0
-        if index >= count:
-            raise UsageError(f"Device '{device}' is not there: torch sees {count} CUDA device(s). Use --device cpu.")

@@ -54,7 +54,7 @@ def save(path: Path, state: dict[str, Tensor], about: About) -> None:
         partial.unlink(missing_ok=True)
 
 
-def told(about: About | None) -> dict[str, Any]:
+def training_facts(about: About | None) -> dict[str, Any]:
     """What a run's record says of its weights' training beside the options; empty for weights that are not ours."""
     return {} if about is None else {"trained_on": about.dataset, "training_overrides": about.overrides}
 
@@ -83,24 +83,6 @@ def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
         )
     known = {field.name for field in fields(cls.Config)}
     return {key: value for key, value in {**cls.BEFORE, **recorded}.items() if key in known and value is not None}
-
-
-def with_trained(given: dict[str, Any], about: About | None, method: str, cls: Any) -> dict[str, Any]:
-    """The options that are given over those that the weights were trained with.
-
-    Args:
-        given: Options of the user.
-        about: What the weights are of; None for weights that are not ours.
-        method: Method id.
-        cls: The method.
-
-    Raises:
-        WeightsError: The weights are of another method.
-    """
-    if about is None:
-        return given
-    require_method(about, method)
-    return {**options_again(about.method_options, cls), **given}
 
 
 def read_about(path: Path) -> About | None:

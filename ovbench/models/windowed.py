@@ -8,28 +8,28 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovbench.errors import RunError
-from ovbench.models.method import Stage
+from ovbench.models.base import CostForward, Model
 from ovbench.ops.assemble import block_matrix
 from ovbench.ops.patch_logits import PatchLogits, WindowPlan
-from ovbench.ops.windows import Box, patch_padding, starts
+from ovbench.ops.windows import Box, patch_padding, starts, windows
 from ovbench.spec import DType, Protocol
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_WINDOWS = 32  # windows per forward when window_batch is not set, of 224 x 224 pixels; fewer of larger ones
 
 
-class WindowedModel(nn.Module):
-    """Base of all models: subclasses say where they run, what a network input is and what the network gives.
+class WindowedModel(Model):
+    """Base of models with windows: subclasses say where they run, what a network input is and what the network gives.
 
     Args:
         protocol: Windows, scale and thresholds.
@@ -44,23 +44,12 @@ class WindowedModel(nn.Module):
     def __init__(
         self, protocol: Protocol, *, patch: int, dtype: DType = "float32", window_batch: int | None = None
     ) -> None:
-        super().__init__()
-        self.protocol = protocol
+        super().__init__(protocol)
         self.patch = patch
         self.dtype: DType = dtype
         self.window_batch = window_batch
         self._auto_batch = AUTO_WINDOWS
-        self.stage: Stage = lambda name: nullcontext()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network runs."""
-        raise NotImplementedError
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        raise NotImplementedError
+        self.network: Callable[..., Any]  # perhaps compiled
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 on the device, as the network wants them, float32."""
@@ -68,18 +57,6 @@ class WindowedModel(nn.Module):
 
     def run_network(self, batch: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Logits (B, Q, h, w) of a network input (B, 3, H, W), and what else there is to keep of each window (B, ...)."""
-        raise NotImplementedError
-
-    def predict_labels(
-        self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
-    ) -> list[Tensor]:
-        """Label maps, one (H, W) int64 tensor per image, with values 0 .. K-1.
-
-        Args:
-            images: RGB images, uint8: (B, 3, h, w), or a list of (3, h, w) of any sizes.
-            sizes: Output size (H, W) of each image, the size of its label.
-            names: File names for error messages.
-        """
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -118,6 +95,38 @@ class WindowedModel(nn.Module):
         batch = self.normalise(images.to(self.device, non_blocking=True))
         left, right, top, bottom = self._padding(images.shape[-2], images.shape[-1])
         return F.pad(batch, (left, right, top, bottom)) if left + right + top + bottom else batch
+
+    def views(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Sizes (h, w) of the windows of one image of this size (h, w)."""
+        p, side = self.protocol, max(size)
+        boxes = windows(*size, *((side, side) if p.mode == "whole" else (p.crop, p.stride)))
+        return [(bottom - top, right - left) for top, left, bottom, right in boxes]
+
+    def cost(self, image: Tensor) -> CostForward:
+        """One forward of the network, on a black input of the first of the image's :meth:`views`."""
+        views = self.views((int(image.shape[-2]), int(image.shape[-1])))
+        batch = self.network_input(torch.zeros(1, 3, *views[0]))
+
+        def run() -> None:
+            with self.precision(), self.uncompiled():
+                self.run_network(batch)
+
+        shape = "x".join(map(str, batch.shape))
+        return CostForward(run, f"{shape}, {self.forward_in_words()}; the first image takes {len(views)}")
+
+    def forward_in_words(self) -> str:
+        """One forward, as records say it."""
+        return "one forward"
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within it the network runs as ``torch.compile`` was given it."""
+        network = self.network
+        self.network = getattr(network, "_orig_mod", getattr(network, "_torchdynamo_orig_callable", network))
+        try:
+            yield
+        finally:
+            self.network = network
 
     def step(self, window: tuple[int, int]) -> int:
         """Windows of this size (h, w) that go through the network in one forward now."""

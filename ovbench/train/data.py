@@ -6,6 +6,7 @@ train, nor on where a training was interrupted. So resuming starts at a position
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -189,9 +190,10 @@ def training_set(
     from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
+    # registers the panoptic dataset and LoadCompleteImage
+    for module in ("ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
+        importlib.import_module(module)
     from mmengine.registry import DefaultScope
-
-    import ovbench.evaluate.loop  # noqa: F401  (registers LoadCompleteImage)
 
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of_file
 from ovbench.models.closed_set import ParameterGroup
 from ovbench.models.closed_set_weights import TRAINING_ONLY, build_network, configured_method
+from ovbench.models.resolve import resolve
 from ovbench.paths import user_path
-from ovbench.registry import CLOSED_SET, class_of, method_info
+from ovbench.registry import class_of, method_info
 from ovbench.spec import protocol
 from ovbench.train.record import PartReport
 from ovbench.words.embeddings import prompts
@@ -26,6 +28,7 @@ class Subject:
 
     Attributes:
         network: Has ``losses(images, labels)`` and ``parameter_groups(policy)``; all of it on one device.
+        takes_segments: Its losses are taken on true segments where the data has them.
         options: All of the method's options.
         arch: Encoder or open_clip architecture.
         text: How classes become sentences, for the spec; empty where there are none.
@@ -34,6 +37,7 @@ class Subject:
     """
 
     network: nn.Module
+    takes_segments: bool
     options: dict[str, Any]
     arch: str
     text: dict[str, str | None]
@@ -56,17 +60,12 @@ def recipes(method: str) -> dict[str, dict[str, Any]]:
 def trial_options(method: str) -> dict[str, Any]:
     """Options that make a method small enough for a demo."""
     cls = class_of(method)
-    return dict(cls.TRIAL_OPTIONS if is_closed_set(method) else cls.OFFLINE_OPTIONS)
-
-
-def is_closed_set(method: str) -> bool:
-    """Whether the method's classes are fixed when it is trained."""
-    return method_info(method).track == CLOSED_SET
+    return dict(cls.OFFLINE_OPTIONS if method_info(method).takes_words else cls.TRIAL_OPTIONS)
 
 
 def needs_class_frequencies(method: str, options: dict[str, Any]) -> bool:
     """Whether a loss of the method wants to know how frequent each class is."""
-    return is_closed_set(method) and configured_method(method, options).needs_class_frequencies()
+    return not method_info(method).takes_words and configured_method(method, options).needs_class_frequencies()
 
 
 def open_vocabulary_subject(
@@ -74,7 +73,7 @@ def open_vocabulary_subject(
     options: dict[str, Any],
     arch: str | None,
     weights: str,
-    benchmark: Any,
+    benchmark: Benchmark,
     *,
     sentences: str | None,
     seed: int,
@@ -92,14 +91,12 @@ def open_vocabulary_subject(
         seed: Of random weights.
         device: Torch device.
     """
-    info, cls = method_info(method), class_of(method)
+    resolved = resolve(method, weights, options)
     preset = protocol("paper", benchmark.name, method=method)
     wording = preset.wording if preset.wording in benchmark.wordings else benchmark.wordings[0]
     words = [entry[0] for entry in benchmark.words(wording)]
     chosen = prompts(sentences or preset.templates)
-    built = cls.load(
-        weights, arch, cls.configure_for(options, weights=weights), seed=seed, device=device, training=True
-    )
+    built = resolved.cls.load(weights, arch, resolved.config, seed=seed, device=device, training=True)
     built.set_training_classes(words, chosen)
 
     def exported(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +106,8 @@ def open_vocabulary_subject(
 
     return Subject(
         network=built.train(),
-        options={**built.options(), **info.recorded()},
+        takes_segments=built.takes_segments,
+        options={**built.options(), **resolved.info.recorded()},
         arch=built.clip.arch,
         text={"wording": wording, "templates": sentences or preset.templates, "templates_sha256": chosen.sha256(words)},
         weights_sha256=built.clip.weights_sha256,
@@ -155,6 +153,7 @@ def closed_set_subject(
     extra = tuple(f"segmentor.{part}" for part in TRAINING_ONLY)
     return Subject(
         network=network.to(device).train(),
+        takes_segments=False,
         options=chosen.options(),
         arch=arch,
         text={},

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir, user_path
 from ovbench.train import processes
 from ovbench.train import record as records
 from ovbench.train.record import TrainSpec
+
+if TYPE_CHECKING:
+    from ovbench.models.closed_set import ParameterGroup
+    from ovbench.train.network import Subject
 
 DEMO: dict[str, Any] = {
     "images": 16, "train_images": 64, "seed": 20261121, "long_tail": 1.0, "classes": 24, "size": (96, 128),
@@ -70,10 +75,10 @@ class Plan:
 
     spec: TrainSpec
     parts: tuple[records.PartReport, ...]
-    benchmark: Any
+    benchmark: Benchmark
     root: Path
-    subject: Any
-    groups: Any = field(repr=False, default=None)
+    subject: Subject
+    groups: list[ParameterGroup] = field(repr=False)
     subset: dict[int, str] | None = field(repr=False, default=None)
 
 
@@ -115,7 +120,7 @@ def plan(
         UsageError, DataError, WeightsError: Unknown names, bad values, missing data or files.
     """
     from ovbench import benchmarks
-    from ovbench.models.patch_model import require_device
+    from ovbench.models.build import require_device
     from ovbench.registry import method_info
     from ovbench.train import accumulation
     from ovbench.train import network as subjects
@@ -127,7 +132,7 @@ def plan(
     info = method_info(method)
     declared = subjects.recipes(method)
     benchmark = benchmarks.get(dataset).for_split("train")
-    closed = subjects.is_closed_set(method)
+    closed = not info.takes_words
     if weights is None:
         weights = "random" if closed else "builtin" if demo else "openai"
     if demo:
@@ -203,7 +208,7 @@ def plan(
     return Plan(spec, parts, benchmark, root, subject, groups, subset)
 
 
-def _data(benchmark: Any, options: TrainOptions, demo: bool) -> tuple[Path, bool]:
+def _data(benchmark: Benchmark, options: TrainOptions, demo: bool) -> tuple[Path, bool]:
     """The data root, and whether its images are generated."""
     from ovbench.benchmarks.synth.copies import is_synthetic, synth
 

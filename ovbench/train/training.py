@@ -59,8 +59,8 @@ def _train(
     planned: Plan, where: TrainOptions, folder: Path, started: datetime, rank: int, world: int
 ) -> tuple[TrainRecord, Path]:
     """:func:`train` in its folder."""
-    from ovbench.evaluate.run import default_workers
     from ovbench.evaluate.session import quiet_work_folder
+    from ovbench.evaluate.state import default_workers
     from ovbench.measure.environment import environment, git_state, package_versions
     from ovbench.measure.timing import peak_memory, reset_peak_memory
     from ovbench.train import checkpoint
@@ -137,7 +137,7 @@ def _train(
                     planned.root,
                     spec.recipe,
                     spec.seed,
-                    segments=planned.benchmark.panoptic is not None and getattr(network, "takes_segments", False),
+                    segments=planned.benchmark.panoptic is not None and planned.subject.takes_segments,
                     chosen=None if planned.subset is None else tuple(planned.subset),
                 ),
                 journal,

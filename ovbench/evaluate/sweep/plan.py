@@ -179,12 +179,12 @@ def _flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _methods(given: Iterable[str]) -> list[str]:
-    from ovbench.registry import CLOSED_SET, OPEN_VOCABULARY, method_info, method_names
+    from ovbench.registry import TRACKS, method_info, method_names
 
     found: list[str] = []
     for name in given:
-        track = OPEN_VOCABULARY if name == "all" else name
-        if track in {OPEN_VOCABULARY, CLOSED_SET}:
+        track = TRACKS[0] if name == "all" else name
+        if track in TRACKS:
             found += method_names(track)
         else:
             method_info(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ovbench.measure.parameters import Parameters, by_part
 from ovbench.measure.profile.record import ProfileSpec
 from ovbench.measure.timing import Stopwatch
 from ovbench.paths import user_path
+from ovbench.words.class_list import Classes
 
 Step = Callable[[], object]
 
@@ -61,7 +62,7 @@ def build_subject(spec: ProfileSpec) -> Subject:
         WeightsError: The weights cannot be had or do not fit.
         RunError: A decode head without mmsegmentation.
     """
-    from ovbench.models.patch_model import require_device
+    from ovbench.models.build import require_device
 
     device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
@@ -120,28 +121,42 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
 
 def _model(spec: ProfileSpec, device: torch.device) -> Subject:
     """A method with its classes under a protocol."""
-    from ovbench.ops.windows import windows
-    from ovbench.registry import CLOSED_SET, method_info
+    from ovbench.models.build import ModelSpec, build
+    from ovbench.models.method import random_backbones
+    from ovbench.registry import class_of
 
     assert spec.protocol is not None  # the launcher fills it in
-    info = method_info(spec.method)
-    model, parts, found = (_closed_set if info.track == CLOSED_SET else _open_vocabulary)(spec, str(device))
+    options = dict(spec.method_options)
+    cls = class_of(spec.method)
+    if spec.weights == "builtin":  # nothing is downloaded for a cost
+        options = {**random_backbones(cls, options), **options}
+    built = build(
+        ModelSpec(
+            spec.method,
+            _classes(spec),
+            spec.protocol,
+            weights=spec.weights,
+            arch=spec.arch,
+            method_options=options,
+            dtype=spec.dtype,
+            device=str(device),
+            window_batch=spec.window_batch,
+            compile_mode=spec.compile_mode,
+            activation=spec.activation,
+            seed=spec.seed,
+        )
+    )
+    model = built.model
+    parts = model.parts()
     height, width = _input_size(spec)
-    protocol = model.protocol
-    side = max(height, width)
-    boxes = windows(height, width, *((side, side) if protocol.mode == "whole" else (protocol.crop, protocol.stride)))
-    window = (boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1])
-    views = len(boxes)
-    if model.takes_views:
-        inputs = model.views((height, width))
-        window, views = inputs[0], len(inputs)
+    views = model.views((height, width))
+    window = views[0]
     filled = spec.model_copy(
         update={
-            **found,
-            "method": info.name,
-            "method_options": {**found["method_options"], **info.recorded()},
+            **built.spec_fields(),
             "weights": Path(spec.weights).name if user_path(spec.weights).is_file() else spec.weights,
             "classes": model.num_classes,
+            "words": len(model.query_words) if model.takes_words else None,
             "input": f"{height}x{width}",
         }
     )
@@ -155,7 +170,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
             ready = model.network_input(pictures(batch, window))
 
         def step() -> object:
-            with torch.inference_mode(), _precision(spec, device):
+            with torch.inference_mode(), model.precision():
                 return model.run_network(ready)
 
         return step
@@ -167,18 +182,11 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
     def watch(stopwatch: Stopwatch) -> None:
         model.stage = stopwatch.stage
 
-    @contextmanager
-    def countable() -> Iterator[None]:
-        name = "network" if model.takes_words else "call"
-        network = getattr(model, name)
-        # what torch.compile was given
-        setattr(model, name, getattr(network, "_torchdynamo_orig_callable", network))
-        try:
-            yield
-        finally:
-            setattr(model, name, network)
-
-    trained = _trained(model, parts)
+    trained = None
+    policy = model.as_trained()
+    if policy is not None:
+        with policy:
+            trained = by_part(model, parts)
     with torch.inference_mode():
         shape = model.network_input(pictures(1, window)).shape
     return Subject(
@@ -189,88 +197,11 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
         forward=forward,
         forward_input="x".join(str(side) for side in shape),
         image=image,
-        windows=views,
+        windows=len(views),
         watch=watch,
-        countable=countable,
+        countable=model.uncompiled,
         trained=trained,
     )
-
-
-def _trained(model: Any, parts: dict[str, nn.Module]) -> dict[str, Parameters] | None:
-    """Parameters by part while those have gradients that a mask-based method's own policy trains; None for others."""
-    method: Any = getattr(model, "method", None)
-    if not getattr(method, "POLICIES", ()):
-        return None
-    names = {name for group in method.parameter_groups() for name in group["params"]}
-    for name, parameter in method.named_parameters():
-        parameter.requires_grad_(name in names)
-    sizes = by_part(model, parts)
-    method.requires_grad_(False)
-    if hasattr(method.clip, "join_projections"):
-        method.clip.join_projections()
-    return sizes
-
-
-def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
-    """The model of a method on its CLIP, its parts, and what was found out for the spec."""
-    from ovbench.models.method import random_backbones
-    from ovbench.models.trained_file import read_about, with_trained
-    from ovbench.registry import method_class, method_info
-
-    cls = method_class(spec.method)
-    path = user_path(spec.weights)
-    about = read_about(path) if path.is_file() else None
-    options = with_trained(dict(spec.method_options), about, method_info(spec.method).name, cls)
-    if spec.weights in {"random", "builtin"}:
-        options = {**random_backbones(cls, options), **options}
-    method = cls.load(
-        spec.weights, spec.arch, cls.configure(options), activation=spec.activation, seed=spec.seed, device=device
-    )
-    model = cls.model_class()(
-        method,
-        _words(spec),
-        spec.protocol,
-        dtype=spec.dtype,
-        window_batch=spec.window_batch,
-        compile_mode=spec.compile_mode,
-    )
-    found = {
-        "method_options": method.options(),
-        "arch": method.clip.arch,
-        "weights_sha256": method.clip.weights_sha256,
-        "activation": method.clip.activation,
-        "words": len(model.query_words),
-    }
-    return model, _parts(method), found
-
-
-def _closed_set(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
-    """As :func:`_open_vocabulary`, of a network for a fixed number of classes."""
-    from ovbench import benchmarks
-    from ovbench.models.closed_set_weights import build_closed_set_model
-
-    classes: Sequence[str] = [f"class {number}" for number in range(spec.classes or DEFAULT_CLASSES)]
-    if spec.dataset is not None and spec.classes is None:
-        classes = benchmarks.get(spec.dataset).class_names
-    model, loaded = build_closed_set_model(
-        spec.method,
-        classes=classes,
-        weights=spec.weights,
-        arch=spec.arch,
-        protocol=spec.protocol,
-        dtype=spec.dtype,
-        device=device,
-        window_batch=spec.window_batch,
-        compile_mode=spec.compile_mode,
-        seed=spec.seed,
-        method_options=dict(spec.method_options),
-    )
-    found = {
-        "method_options": loaded.method.options(),
-        "arch": loaded.arch,
-        "weights_sha256": loaded.weights_sha256,
-    }
-    return model, dict(loaded.network.segmentor.named_children()), found
 
 
 def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManager[Any]:
@@ -279,17 +210,19 @@ def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManage
     return nullcontext() if spec.dtype == "float32" else torch.autocast(device.type, dtype=DTYPES[spec.dtype])
 
 
-def _words(spec: ProfileSpec) -> list[list[str]]:
-    """The benchmark's words, or as many made-up ones as classes are asked for."""
+def _classes(spec: ProfileSpec) -> Classes:
+    """The benchmark's words (or names, for a method that takes no words), or as many made-up ones as are asked for."""
     from ovbench import benchmarks
+    from ovbench.registry import method_info
 
-    if spec.dataset is not None and spec.classes is None:
-        benchmark = benchmarks.get(spec.dataset)
-        assert spec.protocol is not None
-        wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
-        words: list[list[str]] = benchmark.words(wording)
-        return words
-    return [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+    if spec.dataset is None or spec.classes is not None:
+        return [f"class {number}" for number in range(spec.classes or DEFAULT_CLASSES)]
+    benchmark = benchmarks.get(spec.dataset)
+    if not method_info(spec.method).takes_words:
+        return list(benchmark.class_names)
+    assert spec.protocol is not None
+    wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
+    return benchmark.words(wording)
 
 
 def _input_size(spec: ProfileSpec) -> tuple[int, int]:
@@ -302,17 +235,3 @@ def _input_size(spec: ProfileSpec) -> tuple[int, int]:
         return int(height), int(width)
     short = spec.protocol.short_side or 336
     return short, min(round(short * 4 / 3), spec.protocol.long_side)
-
-
-def _parts(method: nn.Module) -> dict[str, nn.Module]:
-    """The method's networks, CLIP as its two towers; what both towers share or none holds comes out as ``other``."""
-    from ovbench.networks.dense_clip import DenseCLIP
-
-    parts: dict[str, nn.Module] = {}
-    for name, child in method.named_children():
-        if isinstance(child, DenseCLIP):
-            parts[f"{name}.visual"] = child.visual
-            parts[f"{name}.text"] = child.clip  # the vision tower is counted already
-        else:
-            parts[name] = child
-    return parts
