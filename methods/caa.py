@@ -44,6 +44,8 @@ from ovbench.ops.affinity import (
 from ovbench.ops.full_precision import full_precision
 
 
+# Looked at for what is inferred: thesis ch. 3 (equations, Tables 3.1 to 3.5), mmseg's heads and recipes of the hosts,
+# OCR's object attention, CPNet; no public code of the method was found.
 @dataclass(frozen=True)
 class CAAConfig:
     """Switches and widths of CAA; the defaults are the full method.

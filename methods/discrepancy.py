@@ -27,6 +27,8 @@ from ovbench.ops.discrepancy import SolverConfig, class_posterior, discrepancy_m
 from ovbench.ops.patch_logits import PatchLogits
 from ovbench.registry import method_class, method_info
 
+# Looked at for what is inferred: arXiv 2604.07723 (no public code was found), its public ancestor M2N2, and the trials
+# of docs/discrepancy.md. The paper names time step 0 of sd2 as one that works.
 METHODS = {
     "discrepancy-op": {
         "cls": "OptimalPath",

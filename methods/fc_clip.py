@@ -20,6 +20,7 @@ from ovbench.networks.dense_clip import DenseCLIP, Grid, LastBlock
 from ovbench.ops.full_precision import product
 from ovbench.ops.masks import mask_pool
 
+# Looked at for what is inferred: the public FC-CLIP, which takes ConvNeXt or ResNet CLIP alone.
 METHODS = {
     "fc-clip": {
         "cls": "FCCLIP",

@@ -37,9 +37,12 @@ from ovbench.errors import UsageError, unknown_name
 from ovbench.methods.maskclip_ding import MaskCLIPDing  # type: ignore[import-not-found]
 from ovbench.models.mask_method import Classified, MaskConfig, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.recompute import recomputed
 from ovbench.words.embeddings import encode_tokens
 from ovbench.words.prompts import Prompts
 
+# Looked at for what is inferred: FISA's paper with its section 5.3, which leaves the rest to MaskCLIP's settings; the
+# public MaskCLIP; no public code of FISA was found.
 METHODS = {
     "fisa": {
         "cls": "FISA",
@@ -76,13 +79,13 @@ class FISAConfig(MaskConfig):
 
     seve: bool = True  # Table 3a
     seve_rank: int = 8  # inferred: 24 x (3584 x 8) beside the 25.2 M of the query projections
-    seve_residual: bool = True  # inferred
+    seve_residual: bool = True  # inferred: none is written around (a)
     query_scope: str = "all"  # inferred; 'masks': image tokens keep CLIP's own projections
     mask_sees_cls: bool = False  # Eq. 5 sums over patches; True: as MaskCLIP
     distractor: str = "other"  # one more word in training, MaskCLIP's; '': none
     lora_rank: int = 0  # Table 3d: 64, 128, 256 in place of SIMO (--set policy=lora)
     adapter_layers: int = 2  # Table 3e: 0 to 3
-    adapter_width: int = 16  # inferred
+    adapter_width: int = 16  # inferred: the paper gives the layers alone
     training_side: int = 896  # crops are resized to this for CLIP; 0: as they are
 
 
@@ -130,6 +133,7 @@ class DistributionAdapter(nn.Module):
         if layers:
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
+        self.recompute = False
 
     def forward(self, masks: Tensor) -> Tensor:
         """Logits (B, M, h, w) of logits (B, M, h, w)."""
@@ -138,8 +142,8 @@ class DistributionAdapter(nn.Module):
         # logits of padding, or of generators that are very sure, are no scale to learn on
         every = masks.flatten(0, 1)[:, None].clamp(-20, 20)
         # channels of all masks at once would be by far the largest tensors of a forward
-        parts = every.split(len(every) if torch.is_grad_enabled() else MASKS_AT_ONCE)
-        added = torch.cat([self._convolved(part) for part in parts])
+        parts = every.split(len(every) if torch.is_grad_enabled() and not self.recompute else MASKS_AT_ONCE)
+        added = torch.cat([recomputed(self.recompute, self._convolved, part) for part in parts])
         result: Tensor = masks + added[:, 0].unflatten(0, masks.shape[:2])
         return result
 
@@ -256,6 +260,11 @@ class FISA(MaskCLIPDing):  # type: ignore[misc]
         """LoRA's product (B, T, C) on what a projection is given (B, T, C)."""
         place = PROJECTIONS.index(projection)
         return F.linear(F.linear(x, self.lora_in[index, place]), self.lora_out[index, place])
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of CLIP's blocks and of the adapter for the backward pass."""
+        self.clip.recompute_activations()
+        self.adapter.recompute = True
 
     def training_input(self, images: Tensor) -> Tensor:
         """Crops (B, 3, S, S), RGB 0..255, at CLIP's training size, normalised."""

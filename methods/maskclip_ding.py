@@ -18,9 +18,11 @@ from ovbench.errors import WeightsError
 from ovbench.models.mask_method import Classified, MaskMethod, Words
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.mask_generators.mask2former import MEAN
+from ovbench.networks.recompute import recomputed
 from ovbench.ops.full_precision import product
 from ovbench.ops.masks import touched_patches
 
+# Looked at for what is inferred: arXiv 2208.08984 and its public code; FISA's Eq. 5.
 METHODS = {
     "maskclip-ding": {
         "cls": "MaskCLIPDing",
@@ -71,7 +73,8 @@ class MaskCLIPDing(MaskMethod):
         x, grid = clip.embed(images)
         visible = self.visible(masks, grid, (images.shape[-2], images.shape[-1]))[:, None]  # the same for all heads
         m = x[:, :1].expand(-1, masks.shape[1], -1)
-        for index in range(clip.depth):
+
+        def block(x: Tensor, m: Tensor, index: int) -> tuple[Tensor, Tensor]:
             q, k, v = self.image_qkv(x, index)
             m = self.injected(m, text, index)
             keys, values = self.mask_keys(x, k, v, index)
@@ -79,6 +82,10 @@ class MaskCLIPDing(MaskMethod):
             m = self.finished(m, seen, index, of_masks=True)
             if index < clip.depth - 1:  # nobody looks at the image tokens behind the last keys and values
                 x = self.finished(x, F.scaled_dot_product_attention(q, k, v), index, of_masks=False)
+            return x, m
+
+        for index in range(clip.depth):
+            x, m = recomputed(clip.recompute, block, x, m, index)
         return clip.project(m)
 
     def visible(self, masks: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ovbench.models.method import Method
 from ovbench.networks.dense_clip import DenseCLIP
 
+# Looked at for what is inferred: SC-CLIP's public code and the issues of its repository.
 METHODS = {
     "sc-clip": {
         "cls": "SCCLIP",

@@ -34,6 +34,7 @@ from ovbench.ops.masks import geometric_ensemble
 if TYPE_CHECKING:
     from ovbench.models.mask_method import Encoder
 
+# Looked at for what is inferred: SCN's abstract and a reading of it; no equations, tables or code are public.
 METHODS = {
     "scn": {
         "cls": "SCN",
@@ -47,11 +48,11 @@ RECIPE: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 2e-4,
     "min_lr": 1e-5,
-    "weight_decay": 0.05,  # inferred
+    "weight_decay": 0.05,  # inferred: as Mask2Former's recipes
     "schedule": "cosine",
     "iters": 20_000,
     "batch": 4,
-    "crop": 640,  # inferred
+    "crop": 640,  # inferred: as Mask2Former's recipes for ADE20K
     "resize": (2560, 640),
     "ratio_range": (1.0, 1.0),
     "cat_max_ratio": 1.0,

@@ -2,11 +2,13 @@
 
     python studies/lsmseg_learning.py --out OUT                         # train what is missing, then report
     python studies/lsmseg_learning.py --out OUT --rows cat-seg --no-report  # one of several processes
+    python studies/lsmseg_learning.py --out OUT --rows "costs of E,costs of CLIP" --visual-weights dinov2_vits14.safetensors
 
 The built-in CLIP (which knows every name and no description), a narrow aggregator on few patches, COCO-Stuff's layout with
 24 of its classes in the training scenes, few iterations. Evaluated on other scenes with the same 24 classes (seen) and on
 ADE20K's, of whose classes only those count that no training scene had by name (unseen by the aggregator; the built-in CLIP
-has seen all names). Without SAM, whose weights need a download. Writes ``learning.csv``, ``learning.md`` and ``losses.png``.
+has seen all names). Without SAM, whose weights need a download; the rows "costs of" fuse DINOv2-S from a
+file. Writes ``learning.csv``, ``learning.md`` and ``losses.png``.
 """
 
 from __future__ import annotations
@@ -34,19 +36,25 @@ ROWS: dict[str, tuple[str, str, dict[str, str]]] = {  # method, prompts, options
     "prompts": ("lsmseg", "lsmseg", {**LSMSEG, "filter_k": "0"}),
     "filter + prompts": ("lsmseg", "lsmseg", {**LSMSEG, "filter_k": "32"}),
 }
+FUSED = {**LSMSEG, "filter_k": "32", "visual": "dinov2-s", "visual_size": "112"}
+WITH_VISUAL: dict[str, tuple[str, str, dict[str, str]]] = {
+    "costs of E": ("lsmseg", "cat-seg", {**FUSED, "cost_from": "fused"}),
+    "costs of CLIP": ("lsmseg", "cat-seg", {**FUSED, "cost_from": "clip"}),
+}
 
 
 def run_one(a: argparse.Namespace, row: str, seed: int, roots: dict[str, Path]) -> tuple[dict[str, RunRecord], Path]:
     """The evaluations' records by benchmark and the training's folder; taken from ``out`` where they are there."""
-    method, prompts, options = ROWS[row]
+    method, prompts, options = {**ROWS, **WITH_VISUAL}[row]
+    file = {} if a.visual_weights is None else {"visual_weights": a.visual_weights}
     training, folder = trained(
-        a, method, TRAINED, roots[TRAINED], RECIPE, weights="builtin", method_options={**SMALL, **options},
+        a, method, TRAINED, roots[TRAINED], RECIPE, weights="builtin", method_options={**SMALL, **options, **file},
         sentences=prompts, seed=seed,
     )  # fmt: skip
     found = {}
     for name, root in roots.items():
         spec = {
-            "method": method, "dataset": name, "weights": str(folder / records.WEIGHTS),
+            "method": method, "dataset": name, "weights": str(folder / records.WEIGHTS), "method_options": file,
             "protocol": protocol(
                 "cat-seg", name, method=method, short_side=96, long_side=128, mode="whole", crop=128, stride=128,
                 square=0, global_view=False, templates=prompts,
@@ -58,7 +66,9 @@ def run_one(a: argparse.Namespace, row: str, seed: int, roots: dict[str, Path]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    a = command_line(__doc__, ROWS, iters=150, scenes=(160, 32, 48)).parse_args(argv)
+    cli = command_line(__doc__, ROWS, iters=150, scenes=(160, 32, 48))
+    cli.add_argument("--visual-weights", help="file of DINOv2-S, for the rows that fuse it")
+    a = cli.parse_args(argv)
     training, known, new = a.scenes
     roots = {
         TRAINED: synth(TRAINED, a.out / TRAINED, known, 21, train_images=training, classes=24, size=(96, 128)),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CLASSIFIERS = ("own", "oracle")
 
 
+# Looked at for what is inferred: FISA's paper, the public MaskCLIP, FC-CLIP and ODISE.
 @dataclass(frozen=True)
 class MaskConfig:
     """Switches that all mask-based methods share."""

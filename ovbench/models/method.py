@@ -51,6 +51,7 @@ class Method(nn.Module):
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         POLICIES: Which parameters can be trained; the first is the recipes' own.
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        BEFORE: What options that came later stand at in records and trained files that do not have them.
         FIXED_BY_TRAINING: A trained file's options cannot be changed.
         ARITHMETIC: Version of what is computed in which precision in bfloat16 and float16, so that records of before and
             after a change are not taken for one run; see ``RunSpec.arithmetic``.
@@ -70,6 +71,7 @@ class Method(nn.Module):
     ARITHMETIC: ClassVar[int] = 2
     BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {}
     ELSEWHERE: ClassVar[str] = ""
+    BEFORE: ClassVar[dict[str, Any]] = {}
     FIXED_BY_TRAINING: ClassVar[bool] = False
     takes_segments: ClassVar[bool] = False  # losses are taken on true segments where the data has them
 
@@ -158,6 +160,26 @@ class Method(nn.Module):
     def use_precision(self, dtype: torch.dtype) -> None:
         """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
         self.clip.use_precision(dtype)
+
+    def recompute_activations(self) -> None:
+        """Keep less for the backward pass of a training and compute it again: the same losses and gradients, less memory.
+
+        Raises:
+            UsageError: Where nothing that is trained is deep enough for it.
+        """
+        raise UsageError(
+            f"{type(self).__name__} trains nothing through whose depth activations are kept: leave "
+            "checkpoint_activations away."
+        )
+
+    def loss_share(self, labels: Tensor, part: slice) -> float:
+        """Share of the losses of a batch that those of some of its images have, where both are means.
+
+        Args:
+            labels: (B, H, W), int64, 255 ignored.
+            part: Which images.
+        """
+        return len(labels[part]) / len(labels)
 
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""

@@ -19,6 +19,8 @@ from ovbench.networks.attention_sd2_weights import load_sd2
 from ovbench.networks.attention_vit import VITS, load_vit
 from ovbench.networks.dense_clip import DenseCLIP, Grid
 
+# Looked at for what is inferred: arXiv 2604.07723 (its table of sources says neither blocks nor features of CLIP),
+# ProxyCLIP's public code for DINO's tokens, and the measurement said beside it.
 __all__ = ["AttentionSource", "ClipSource", "TransformerSource", "load_source", "source_names"]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, WeightsError
 from ovbench.networks.frozen_clip import FrozenCLIP
+from ovbench.networks.recompute import recomputed
 
 PosInterp = Literal["offset", "size", "bilinear"]
 Grid = tuple[int, int]
@@ -101,6 +102,13 @@ class DenseCLIP(FrozenCLIP):
         self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._watched = range(0)
+        self.recompute = False
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of both towers' blocks for the backward pass from now on."""
+        self.recompute = True
+        text: Any = getattr(self.clip, "text", self.clip)
+        text.transformer.grad_checkpointing = True  # open_clip's own switch
 
     @property
     def visual(self) -> Any:
@@ -205,9 +213,7 @@ class DenseCLIP(FrozenCLIP):
         x, grid = self.embed(images)
         kept: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            q, k, v = self.qkv(x, index)
-            self._show(index, q, k)
-            x = self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
+            x = recomputed(self.recompute, self._shown_block, index, x)
             if index in wanted:
                 kept[index] = x
         if (
@@ -233,6 +239,12 @@ class DenseCLIP(FrozenCLIP):
     def _show(self, index: int, q: Tensor, k: Tensor) -> None:
         if self._watcher is not None and index in self._watched:
             self._watcher(index, q, k)
+
+    def _shown_block(self, index: int, x: Tensor) -> Tensor:
+        """As :meth:`block`; who watches it is shown its queries and keys."""
+        q, k, v = self.qkv(x, index)
+        self._show(index, q, k)
+        return self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Output (B, T, C) of one ordinary block."""

@@ -31,6 +31,8 @@ INIT_STD = 0.02  # of random weights: transformers' own are 1e-10, with which no
 PREFIXES = {"vision_encoder.": True, "image_encoder.": False}  # transformers' layout, that of SAM's releases
 
 
+# Looked at for what is inferred: SAM's public code and its issues 84 and 374 (one size only), SAMed (hitachinsk/SAMed,
+# issue 28: bilinear), DINOv2's code (bicubic).
 @dataclass(frozen=True)
 class SamSizes:
     """Sizes of one encoder; those of ViT-B by default."""

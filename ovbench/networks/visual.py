@@ -12,8 +12,11 @@ from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
 from ovbench.networks.sam import SAMS, load_sam
 from ovbench.networks.visual_base import VisualEncoder
 
+# Looked at for what is inferred: thesis ch. 5 (Table 5.6 names DINOv2-B alone), DINOv2's public code, which gives any
+# blocks.
 NONE = "none"
-DINO = {"dinov2-b": "dinov2-b14"}  # name here: name of the attention source with the same network
+# Name here: name of the attention source with the same network. The small one is in no table; it runs on a CPU.
+DINO = {"dinov2-b": "dinov2-b14", "dinov2-s": "dinov2-s14"}
 
 
 class DinoEncoder(VisualEncoder):

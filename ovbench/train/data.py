@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,20 @@ PADDING = (124, 116, 104)  # RGB: the mean colour of ImageNet, which normalisati
 def seed_at(seed: int, *position: int) -> int:
     """A seed below 2**32 for a place in a training; different places have unrelated ones."""
     return int(np.random.SeedSequence([seed, *position]).generate_state(1)[0])
+
+
+def chosen_images(images: int, fraction: float, seed: int) -> tuple[int, ...] | None:
+    """Indices, ascending, of a share of so many images; None for all. A smaller share is a part of any larger one.
+
+    Args:
+        images: Number of images N.
+        fraction: Share in 0..1; at least one image is chosen.
+        seed: Of the choice.
+    """
+    if fraction == 1:
+        return None
+    order = np.random.Generator(np.random.PCG64(seed_at(seed, 2))).permutation(images)
+    return tuple(sorted(int(index) for index in order[: max(1, round(fraction * images))]))
 
 
 def pipeline(recipe: Recipe, panoptic: bool = False) -> list[dict[str, Any]]:
@@ -107,16 +121,27 @@ class TrainingSet(Dataset[dict[str, Any]]):
         crop: S; smaller images are padded at the right and bottom, their labels with 255.
         seed: Seed of the augmentation.
         segments: Give the segments as well; only of a panoptic benchmark.
+        chosen: Indices of the images that are used; None: all.
     """
 
-    def __init__(self, dataset: Any, benchmark: Benchmark, crop: int, seed: int, segments: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        benchmark: Benchmark,
+        crop: int,
+        seed: int,
+        segments: bool = False,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         self.dataset, self.benchmark, self.crop, self.seed, self.segments = dataset, benchmark, crop, seed, segments
+        self.chosen = range(len(dataset)) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.chosen)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        index, position = item
+        number, position = item
+        index = self.chosen[number]
         with seeded(seed_at(self.seed, 0, position)):
             sample = self.dataset[index]
         image, label = sample["inputs"].flip(0), sample["data_samples"].gt_sem_seg.data[0].long()
@@ -144,8 +169,16 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return marked
 
 
-def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *, segments: bool = False) -> TrainingSet:
-    """The training images of a benchmark's split under a recipe, with their segments where wanted.
+def training_set(
+    benchmark: Benchmark,
+    root: Path,
+    recipe: Recipe,
+    seed: int,
+    *,
+    segments: bool = False,
+    chosen: Sequence[int] | None = None,
+) -> TrainingSet:
+    """The training images of a benchmark's split under a recipe (``chosen`` ones alone), with their segments where wanted.
 
     Raises:
         UsageError: Segments of a benchmark that has none.
@@ -165,7 +198,7 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
     steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)
     with DefaultScope.overwrite_default_scope("mmseg"):
-        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed, segments)
+        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed, segments, chosen)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
