@@ -84,6 +84,11 @@ class OwnBenchmark(Benchmark):
     origin: str = ""
     home: Path | None = None
 
+    @property
+    def command_name(self) -> str:
+        """The path, as it was given."""
+        return self.origin
+
     def resolve_root(self, path: Path | str) -> Path:
         """As :meth:`Benchmark.resolve_root`, with the path in messages that name commands."""
         return resolve_root(self.layout, self.origin, self.labels_from, path)

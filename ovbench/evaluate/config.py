@@ -66,7 +66,8 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
-    imports = ["ovbench.mm.segmentor"] + ["ovbench.mm.panoptic_dataset"] * (benchmark.panoptic is not None)
+    loading = "label_loading" if benchmark.panoptic is None else "panoptic_dataset"
+    imports = ["ovbench.mm.segmentor", f"ovbench.mm.{loading}"]
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": imports, "allow_failed_imports": False},
