@@ -77,6 +77,7 @@ class Benchmark:
         num_classes: K, the background included where ``has_background``.
         class_names: Display names in label order, K.
         has_background: Class 0 is "everything else".
+        background: The class that is "everything else", to which thresholds leave pixels; None where there is none.
         reduce_zero_label: The files' 0 is ignored and 1..K become 0..K-1.
         ignore_index: Training id that no metric counts: 255, or 65535 where label files have 16 bits.
         raw_ids: The value that label files have for each class, where it is another order of 0..K-1; else empty.
@@ -122,6 +123,7 @@ class Benchmark:
     raw_ids: tuple[int, ...] = ()
     panoptic: Panoptic | None = None
     ignored_in_most: bool = False
+    background: int | None = None
     downloads: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, hash=False)
 
     def for_split(self, split: str) -> Benchmark:

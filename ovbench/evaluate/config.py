@@ -61,6 +61,8 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
     }
     if closed:
         del model["activation"]
+    else:
+        model["background"] = benchmark.background
     short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
     dataset = benchmark.dataset_cfg(root, short_side=short_side, long_side=spec.protocol.long_side)
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())

@@ -259,7 +259,13 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
     )
     info = method_info(spec.method)  # after the class: a file of the user's own may have been edited meanwhile
     model = cls.model_class()(
-        method, words, protocol, dtype=spec.dtype, window_batch=spec.window_batch, compile_mode=spec.compile_mode
+        method,
+        words,
+        protocol,
+        dtype=spec.dtype,
+        window_batch=spec.window_batch,
+        compile_mode=spec.compile_mode,
+        background=benchmark.background,
     )
     _note_trial(state, about)
     if getattr(model, "needs_truth", False):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
 from ovbench.models.mask_method import MaskMethod, Words, whole_patches
-from ovbench.models.patch_model import OpenVocabModel
+from ovbench.models.patch_model import Background, OpenVocabModel
 from ovbench.networks.mask_generators.generator import Proposals
 from ovbench.ops.masks import mask_iou, padded, panoptic_ids, resized, semantic_labels
 from ovbench.ops.panoptic import Segments
@@ -76,6 +76,7 @@ class MaskModel(OpenVocabModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         if compile_mode != "off":
             raise UsageError("Mask-based methods run uncompiled: the number of masks changes from image to image.")
@@ -88,7 +89,7 @@ class MaskModel(OpenVocabModel):
                     f"A mask-based method sees the whole image and decides by masks: {name} must be {value}. Use --protocol "
                     "fisa or fc-clip."
                 )
-        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch)
+        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch, background=background)
         self.network_stage = "classify"
         self.things: Tensor | None = None
 

@@ -6,7 +6,7 @@ How images go through the network in windows is in :mod:`ovbench.models.windowed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
 from ovbench.ops.patch_logits import PatchLogits
 from ovbench.spec import DType, Protocol, validated
-from ovbench.words.class_list import Classes, class_words
+from ovbench.words.class_list import Classes, background_in, class_words
 from ovbench.words.embeddings import embed_words, prompts
+
+Background = int | None | Literal["named"]
 
 
 class OpenVocabModel(WindowedModel):
@@ -38,6 +40,11 @@ class OpenVocabModel(WindowedModel):
             them when memory runs out.
         compile_mode: ``off``, or a mode of ``torch.compile`` (``default``; ``reduce-overhead`` uses CUDA graphs). Fixes
             the window batch, so that one shape is compiled.
+        background: Index of the class that thresholds leave pixels to, None for no such class, or ``"named"``: the class
+            called "background", if there is one.
+
+    Raises:
+        NoBackgroundError: Thresholds without a background class.
     """
 
     takes_words = True
@@ -52,6 +59,7 @@ class OpenVocabModel(WindowedModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         if (protocol.square or protocol.global_view) and not self.takes_views:
             raise UsageError(
@@ -61,11 +69,13 @@ class OpenVocabModel(WindowedModel):
         window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
         super().__init__(protocol, patch=method.clip.patch, dtype=dtype, window_batch=window_batch)
         self.method = method
+        self.asked_background = background
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
+        protocol.require_background(self.background, "the class list")
         method.use_precision(DTYPES[dtype])
         self.solver = method if isinstance(method, Solver) else None
-        if self.solver and (protocol.prob_thd > 0 or protocol.area_thd is not None):
+        if self.solver and protocol.has_thresholds:
             raise UsageError(
                 "A solver's scores are no probabilities: prob_thd and area_thd have no meaning. Use --protocol direct-seg."
             )
@@ -101,6 +111,16 @@ class OpenVocabModel(WindowedModel):
     def num_classes(self) -> int:
         """K."""
         return len(self.words)
+
+    @property
+    def background(self) -> int | None:
+        """Index of the class that thresholds leave pixels to; None where there is none."""
+        asked = self.asked_background
+        if isinstance(asked, str):
+            return background_in(self.words)
+        if asked is not None and not 0 <= asked < self.num_classes:
+            raise UsageError(f"The background is class {asked}, but classes are 0..{self.num_classes - 1}.")
+        return asked
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 on the device, with CLIP's mean and deviation."""
@@ -150,7 +170,10 @@ class OpenVocabModel(WindowedModel):
         """Label map (H, W), int64, of one image under the protocol's scale and thresholds."""
         if self.solver:
             return self.solve(logits, size)
-        p = self.protocol
+        p, background = self.protocol, None
+        if p.has_thresholds:  # the class list may be another one than at the beginning
+            background = self.background
+            p.require_background(background, "the class list")
         weights: Weights | None = None
         if p.pamr or p.upsample != "bilinear":
             values = self.refine(logits, size).permute(1, 2, 0)
@@ -164,6 +187,7 @@ class OpenVocabModel(WindowedModel):
             prob_thd=p.prob_thd,
             area_thd=p.area_thd,
             area_rule=p.area_rule,
+            background=background or 0,
         )
 
     @torch.inference_mode()
@@ -233,6 +257,7 @@ def build_model(
     device: str = "cpu",
     window_batch: int | None = None,
     compile_mode: str = "off",
+    background: Background = "named",
     activation: Any = "auto",
     seed: int = 0,
     method_options: dict[str, Any] | None = None,
@@ -251,6 +276,8 @@ def build_model(
         device: Torch device.
         window_batch: Windows per forward; None takes up to 32.
         compile_mode: ``off`` or a mode of ``torch.compile``.
+        background: Index of the class that thresholds leave pixels to, None for no such class, or ``"named"``: the
+            benchmark's where one is given, else the class called "background".
         activation: ``auto``, ``gelu`` or ``quickgelu`` for weight files.
         seed: Seed of random weights.
         method_options: The method's own options.
@@ -276,12 +303,25 @@ def build_model(
         overrides = {}
     if overrides:
         raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
+    if background == "named" and benchmark is not None:
+        from ovbench import benchmarks
+
+        background = benchmarks.get(benchmark).background
+    chosen.require_background(
+        background_in(words) if background == "named" else background, benchmark or "the class list"
+    )
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     require_device(device)
     built = cls.load(weights, arch, config, activation=activation, seed=seed, device=device)
     model: OpenVocabModel = cls.model_class()(
-        built, words, chosen, dtype=dtype, window_batch=window_batch, compile_mode=compile_mode
+        built,
+        words,
+        chosen,
+        dtype=dtype,
+        window_batch=window_batch,
+        compile_mode=compile_mode,
+        background=background,
     )
     return model
 

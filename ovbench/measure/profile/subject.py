@@ -216,7 +216,9 @@ def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.
     from ovbench.models.method import random_backbones
     from ovbench.registry import method_class
 
-    cls = method_class(spec.method)
+    cls, background = method_class(spec.method), _background(spec)
+    assert spec.protocol is not None  # the launcher fills it in
+    spec.protocol.require_background(background, spec.dataset or "the class list")
     options = dict(spec.method_options)
     if spec.weights in {"random", "builtin"}:
         options = {**random_backbones(cls, options), **options}
@@ -230,6 +232,7 @@ def _open_vocabulary(spec: ProfileSpec, device: str) -> tuple[Any, dict[str, nn.
         dtype=spec.dtype,
         window_batch=spec.window_batch,
         compile_mode=spec.compile_mode,
+        background=background,
     )
     found = {
         "method_options": method.options(),
@@ -287,6 +290,14 @@ def _words(spec: ProfileSpec) -> list[list[str]]:
         words: list[list[str]] = benchmark.words(wording)
         return words
     return [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+
+
+def _background(spec: ProfileSpec) -> int | None:
+    """The benchmark's background; of made-up classes the first one."""
+    from ovbench import benchmarks
+
+    found = 0 if spec.dataset is None else benchmarks.get(spec.dataset).background
+    return None if found is None else min(found, (spec.classes or found + 1) - 1)
 
 
 def _input_size(spec: ProfileSpec) -> tuple[int, int]:
