@@ -268,6 +268,9 @@ def _open_vocab_model(spec: RunSpec, benchmark: Any, state: _State) -> tuple[Any
         background=benchmark.background,
     )
     _note_trial(state, about)
+    if protocol.has_thresholds and benchmark.background:
+        name = benchmark.class_names[benchmark.background]
+        state.options.on_message(f"Thresholds leave pixels to the background, class {benchmark.background} ({name}).")
     if getattr(model, "needs_truth", False):
         reasons = state.partial_reason, "an oracle has looked at the labels: an upper bound, no result"
         state.partial_reason = "; ".join(filter(None, reasons))
