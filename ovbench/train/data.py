@@ -153,8 +153,8 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
     mmseg = import_mmseg()
     from mmengine.registry import DefaultScope
 
-    for module in ("label_loading", "panoptic_dataset"):  # registers what the pipeline names
-        importlib.import_module(f"ovbench.mm.{module}")
+    for module in ("mm.label_loading", "mm.panoptic_dataset", "evaluate.loop"):  # they register what the pipeline names
+        importlib.import_module(f"ovbench.{module}")
     steps = pipeline(recipe, benchmark)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)
     with DefaultScope.overwrite_default_scope("mmseg"):
