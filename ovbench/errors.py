@@ -22,6 +22,10 @@ class UsageError(OvbenchError):
     exit_code = 2
 
 
+class NoBackgroundError(UsageError):
+    """Thresholds that leave pixels to a background class, where there is none."""
+
+
 class DataError(OvbenchError):
     """A dataset, image or label file that is missing, unreadable or in the wrong format."""
 

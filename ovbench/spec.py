@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ovbench.errors import UsageError, unknown_name
+from ovbench.errors import NoBackgroundError, UsageError, unknown_name
 from ovbench.hashing import sha256_of
 from ovbench.paths import config_dir
 
@@ -56,7 +56,7 @@ class Protocol(BaseModel):
         "bilinear to the size",
     )
     logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
-    prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")
+    prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: the background class")
     area_thd: float | None = Field(
         None,
         ge=0,
@@ -111,6 +111,29 @@ class Protocol(BaseModel):
     templates_sha256: str | None = Field(
         None, description="hash of the templates, or of the words' sentences; filled in by the run"
     )
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether some pixels are left to the background."""
+        return self.prob_thd > 0 or self.area_thd is not None
+
+    def require_background(self, background: int | None, whose: str) -> None:
+        """Nothing, if no threshold is set or there is a class that it can leave pixels to.
+
+        Args:
+            background: Index of the background class; None where there is none.
+            whose: The benchmark or class list, for the message.
+
+        Raises:
+            NoBackgroundError: A threshold without a background, which would give pixels to a class that means something.
+        """
+        if background is None and self.has_thresholds:
+            given = ["--prob-thd"] * (self.prob_thd > 0) + ["--area-thd"] * (self.area_thd is not None)
+            raise NoBackgroundError(
+                f"{' and '.join(given)}: thresholds leave pixels to the background, and {whose} has no background class. "
+                "They would count for a class that means something else. Leave thresholds away here, or choose a benchmark "
+                "with a background. In a class list of your own the class called 'background' is the background."
+            )
 
     @field_validator("scales")
     @classmethod

@@ -54,7 +54,7 @@ def _datasets() -> Entries:
             "title": item.title,
             "version": item.version,
             "classes": item.num_classes,
-            "background": item.has_background,
+            "background": item.background is not None,
             "images": item.expected_images,
             "splits": list(item.splits),
             "group": item.group,

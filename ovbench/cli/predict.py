@@ -12,7 +12,7 @@ import typer
 
 from ovbench.cli.console import print_json, print_text, progress, say
 from ovbench.cli.run import choose, default_device, parse_options
-from ovbench.errors import DataError, OvbenchError, RunError, UsageError
+from ovbench.errors import DataError, OvbenchError, RunError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from ovbench.models.base import Model
@@ -55,8 +55,9 @@ def predict(
     crop: Annotated[int | None, typer.Option(help="Window side in pixels.")] = None,
     stride: Annotated[int | None, typer.Option(help="Window step in pixels.")] = None,
     logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.")] = None,
-    prob_thd: Annotated[float | None, typer.Option(help="Below this probability: the first class.")] = None,
-    area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
+    prob_thd: Annotated[float | None, typer.Option(help="Below this probability: the background.")] = None,
+    area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the background.")] = None,
+    background: Annotated[str | None, typer.Option(help="Class that thresholds leave pixels to.  [default: the one called 'background']")] = None,
     templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), fc-clip, lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
     patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
     square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees beside a mask generator; 0 = off.")] = None,
@@ -91,6 +92,9 @@ def predict(
     if not many and targets.empty and not json:
         targets = Targets(overlay=images[0].with_name(f"{images[0].stem}-overlay.png"))
     entries = class_list.read(classes)
+    names = [entry.name for entry in entries]
+    if background is not None and background not in names:
+        raise unknown_name("class for --background", background, names)
     source = weights or pretrained or "openai"
     settings: dict[str, Any] = {
         "weights": source, "arch": arch, "activation": activation, "dtype": dtype, "device": device or default_device(),
@@ -98,7 +102,7 @@ def predict(
         "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
         "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
         "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr, "square": square, "pad": pad,
-        "clip_resize": clip_resize,
+        "clip_resize": clip_resize, "background": "named" if background is None else names.index(background),
     }  # fmt: skip
     facts = {"method": method, "weights": source, "demo": source == "builtin"}
     if many:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ovbench.ops.panoptic import Segments
 from ovbench.spec import Protocol as RunProtocol
 
 Stage = Callable[[str], AbstractContextManager[Any]]  # times a named stage of an image
+# Index of the class that thresholds leave pixels to, None for no such class, or "named": the one called "background".
+Background = int | None | Literal["named"]
 
 
 class ImageLogits(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ovbench.errors import UsageError
-from ovbench.models.base import Model
+from ovbench.models.base import Background, Model
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetModel
 from ovbench.models.closed_set_weights import load_network
 from ovbench.models.resolve import Resolved, resolve
@@ -37,6 +37,7 @@ class ModelSpec:
         activation: ``auto``, ``gelu`` or ``quickgelu``, for files of CLIP.
         seed: Of random weights.
         demo: Take what needs no download.
+        background: Class that thresholds leave pixels to.
         cache_masks: Bytes on disk that proposals of a mask generator may take; 0 = they are not kept.
     """
 
@@ -53,6 +54,7 @@ class ModelSpec:
     activation: Any = "auto"
     seed: int = 0
     demo: bool = False
+    background: Background = "named"
     cache_masks: int = 0
 
 
@@ -138,6 +140,7 @@ def _open_vocabulary(spec: ModelSpec, resolved: Resolved) -> tuple[Model, dict[s
         dtype=spec.dtype,
         window_batch=spec.window_batch,
         compile_mode=spec.compile_mode,
+        background=spec.background,
     )
     clip = method.clip
     return model, method.options(), clip.arch, clip.activation, clip.weights_sha256
@@ -177,6 +180,7 @@ def build_model(
     device: str = "cpu",
     window_batch: int | None = None,
     compile_mode: str = "off",
+    background: Background = "named",
     activation: Any = "auto",
     seed: int = 0,
     **overrides: Any,
@@ -195,6 +199,8 @@ def build_model(
         device: Torch device.
         window_batch: Windows per forward.
         compile_mode: Of ``torch.compile``.
+        background: Index of the class that thresholds leave pixels to, None for no such class, or ``"named"``: the
+            benchmark's where one is given, else the class called "background".
         activation: Of a weights file.
         seed: Of random weights.
         **overrides: Protocol fields such as ``mode``, ``crop``, ``stride``, ``logit_scale``, ``prob_thd``.
@@ -211,6 +217,10 @@ def build_model(
         chosen, overrides = preset(protocol or "paper", benchmark, method=method, **overrides), {}
     if overrides:
         raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
+    if background == "named" and benchmark is not None:
+        from ovbench import benchmarks
+
+        background = benchmarks.get(benchmark).background
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     spec = ModelSpec(
@@ -224,6 +234,7 @@ def build_model(
         device=device,
         window_batch=window_batch,
         compile_mode=compile_mode,
+        background=background,
         activation=activation,
         seed=seed,
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
-from ovbench.models.base import Prediction
+from ovbench.models.base import Background, Prediction
 from ovbench.models.mask_method import MaskMethod, Words, seen_classes, whole_patches
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.mask_generators.generator import Proposals
@@ -99,6 +99,7 @@ class MaskModel(OpenVocabModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         if compile_mode != "off":
             raise UsageError("Mask-based methods run uncompiled: the number of masks changes from image to image.")
@@ -111,7 +112,7 @@ class MaskModel(OpenVocabModel):
                     f"A mask-based method sees the whole image and decides by masks: {name} must be {value}. Use --protocol "
                     "fisa or fc-clip."
                 )
-        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch)
+        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch, background=background)
         self.network_stage = "classify"
         self.things: Tensor | None = None
 

@@ -10,6 +10,7 @@ from ovbench.errors import UsageError
 from ovbench.paths import user_path
 
 Classes = Sequence[str | Sequence[str]]  # each a word or a list of words
+BACKGROUND = "background"
 LIST_SUFFIXES = {".txt", ".csv", ".lst"}
 
 
@@ -99,6 +100,12 @@ def require_different(entries: Sequence[ClassEntry], source: str) -> None:
         if entry.name in seen:
             raise UsageError(f"{source} has the class '{entry.name}' twice: give each class one line.")
         seen.add(entry.name)
+
+
+def background_in(classes: Classes) -> int | None:
+    """The index of the class called "background" (its name, or its first word); None where there is none."""
+    names = [entry if isinstance(entry, str) else entry[0] for entry in classes if entry]
+    return next((index for index, name in enumerate(names) if name.strip().lower() == BACKGROUND), None)
 
 
 def _words(text: str) -> list[str]:

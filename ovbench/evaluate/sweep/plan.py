@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ovbench.errors import DataError, OvbenchError, UsageError, WeightsError, unknown_name
+from ovbench.errors import DataError, NoBackgroundError, OvbenchError, UsageError, WeightsError, unknown_name
 from ovbench.spec import RunSpec, flags
 
 # Options of ``ovbench run`` that a sweep has to say itself.
@@ -117,10 +117,10 @@ def plan(
         job = Job(index, method, dataset, " ".join(f"{key}={value}" for key, value in chosen), tuple(arguments))
         try:
             jobs.append(_look(job, read_spec(arguments[1:]), data_root, None if again else results, fingerprints))
+        except (DataError, NoBackgroundError, WeightsError) as error:
+            jobs.append(replace(job, problem=str(error)))
         except UsageError as error:
             raise UsageError(f"{job.title}: {error}") from None
-        except (DataError, WeightsError) as error:
-            jobs.append(replace(job, problem=str(error)))
         on_job(index + 1, len(wanted))
     return jobs
 

@@ -144,6 +144,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
             compile_mode=spec.compile_mode,
             activation=spec.activation,
             seed=spec.seed,
+            background=_background(spec),
         )
     )
     model = built.model
@@ -223,6 +224,14 @@ def _classes(spec: ProfileSpec) -> Classes:
     assert spec.protocol is not None
     wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
     return benchmark.words(wording)
+
+
+def _background(spec: ProfileSpec) -> int | None:
+    """The benchmark's background; of made-up classes the first one."""
+    from ovbench import benchmarks
+
+    found = 0 if spec.dataset is None else benchmarks.get(spec.dataset).background
+    return None if found is None else min(found, (spec.classes or found + 1) - 1)
 
 
 def _input_size(spec: ProfileSpec) -> tuple[int, int]:
