@@ -21,7 +21,7 @@ from ovbench.ops.jbu import jbu
 from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
 from ovbench.ops.patch_logits import PatchLogits
-from ovbench.spec import DType, Protocol, validated
+from ovbench.spec import DEVICES, DType, Protocol, long_dtype, validated
 from ovbench.words.class_list import Classes, class_words
 from ovbench.words.embeddings import embed_words, prompts
 
@@ -247,7 +247,7 @@ def build_model(
         arch: open_clip architecture, or None.
         protocol: A full protocol (also as a dict), a preset's name, or None for the method's own preset.
         benchmark: Benchmark whose preset values are meant; None leaves its thresholds away.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or as people shorten them (``bf16``).
         device: Torch device.
         window_batch: Windows per forward; None takes up to 32.
         compile_mode: ``off`` or a mode of ``torch.compile``.
@@ -276,6 +276,7 @@ def build_model(
         overrides = {}
     if overrides:
         raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
+    dtype = long_dtype(dtype)
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     require_device(device)
@@ -294,7 +295,7 @@ def require_device(device: str) -> None:
     """
     kind = device.split(":")[0]
     if kind not in {"cpu", "cuda"}:
-        raise UsageError(f"Unknown device '{device}'. Known: cpu, cuda, cuda:N.")
+        raise UsageError(f"Unknown device '{device}'. Known: {', '.join(DEVICES)}.")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.split(":")[1]) if device[5:].isdigit() else 0

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.errors import unknown_name
-from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
+from ovbench.networks.attention_names import VITS
+from ovbench.networks.attention_vit import ViTSource, load_vit
 
 NONE = "none"
 SAM = ("sam-b", "sam-l")
