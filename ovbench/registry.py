@@ -41,6 +41,7 @@ _BASES = {
     "ovbench.models.method.Method": ("features", "patch_logits"),
     "ovbench.models.closed_set.ClosedSetMethod": ("model_config",),
 }
+SOLVER = "discrepancy-"  # method ids of the solvers begin so
 ALIASES = {"clip-kk": "kk"}  # names that papers use
 _TOLD = ("summary", "paper", "protocol", "track")
 _RECORDED = re.compile(r"\w+:\w+")
@@ -112,6 +113,11 @@ def _methods() -> dict[str, MethodInfo]:
 def method_names(track: str | None = OPEN_VOCABULARY) -> list[str]:
     """The method ids of a track, or with None of all, sorted; imports no method."""
     return [name for name, info in _methods().items() if track in (None, info.track)]
+
+
+def solver_names() -> list[str]:
+    """The discrepancy solvers, as ``--solver`` names them: ``op`` is the method ``discrepancy-op``."""
+    return [name.removeprefix(SOLVER) for name in method_names() if name.startswith(SOLVER)]
 
 
 def method_info(name: str) -> MethodInfo:

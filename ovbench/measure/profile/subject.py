@@ -277,7 +277,7 @@ def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManage
 
 
 def _words(spec: ProfileSpec) -> list[list[str]]:
-    """The benchmark's words, or as many made-up ones as classes are asked for."""
+    """The benchmark's words, or as many made-up ones as classes and words are asked for."""
     from ovbench import benchmarks
 
     if spec.dataset is not None and spec.classes is None:
@@ -286,7 +286,9 @@ def _words(spec: ProfileSpec) -> list[list[str]]:
         wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
         words: list[list[str]] = benchmark.words(wording)
         return words
-    return [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+    words = [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+    words[-1] += [f"synonym {number}" for number in range((spec.words or 0) - len(words))]
+    return words
 
 
 def _input_size(spec: ProfileSpec) -> tuple[int, int]:
