@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -118,6 +119,23 @@ def method_names(track: str | None = OPEN_VOCABULARY) -> list[str]:
 def solver_names() -> list[str]:
     """The discrepancy solvers, as ``--solver`` names them: ``op`` is the method ``discrepancy-op``."""
     return [name.removeprefix(SOLVER) for name in method_names() if name.startswith(SOLVER)]
+
+
+def expand_methods(given: Iterable[str]) -> list[str]:
+    """Method ids for names of methods and of tracks, each once; ``all`` is the open-vocabulary track.
+
+    Raises:
+        UsageError: No such method.
+    """
+    found: list[str] = []
+    for name in given:
+        track = OPEN_VOCABULARY if name == "all" else name
+        if track in {OPEN_VOCABULARY, CLOSED_SET}:
+            found += method_names(track)
+        else:
+            method_info(name)
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def method_info(name: str) -> MethodInfo:

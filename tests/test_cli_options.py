@@ -335,6 +335,21 @@ def test_classes_of_prompts(
     assert "the 20 of the benchmark voc20" in capsys.readouterr().err
 
 
+def test_groups_of_table_are_what_is_recorded_of_them() -> None:
+    from ovbench.cli.table import _chosen
+    from ovbench.registry import expand_methods, method_names
+
+    recorded = {"sc-clip", "clip", "psp", "mine:Own"}
+    assert _chosen(None, recorded, expand_methods) is None
+    assert _chosen(["all"], recorded, expand_methods) == ["clip", "sc-clip"]
+    assert _chosen(["closed-set", "mine:Own", "naclip"], recorded, expand_methods) == ["psp", "mine:Own", "naclip"]
+    assert _chosen(["all"], set(), expand_methods) == method_names()
+    assert set(_chosen(["eight"], {"voc21", "pets"}, benchmarks.expand) or ()) == {"voc21"}
+    for expand, unknown in ((expand_methods, "clp"), (benchmarks.expand, "voc22")):
+        with pytest.raises(UsageError, match="Did you mean"):
+            _chosen([unknown], recorded, expand)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_precisions_have_short_names(name: str) -> None:
     short = spec_of(["-m", "clip", "-d", "voc20", "--device", "cpu", "--dtype", DTYPES[name]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,25 +93,33 @@ def table(
 
 def _of_records(results: Path, methods: str | None, datasets: str | None, columns: str | None) -> Table:
     from ovbench import benchmarks
-    from ovbench.registry import method_info
+    from ovbench.registry import expand_methods
     from ovbench.results import store
     from ovbench.tables.runs import table as arrange
 
-    chosen_datasets = parse_names(datasets, "--datasets")
     records = store.load_all(results, on_problem=say)
-    for name in chosen_datasets or []:
-        if name not in {record.spec.dataset for record in records}:
-            benchmarks.get(name)  # an unknown name is an error, a known one without a run is a note
-    chosen_methods = parse_names(methods, "--methods")
+    recorded = {record.spec.dataset for record in records}
+    chosen_datasets = _chosen(parse_names(datasets, "--datasets"), recorded, benchmarks.expand)
     recorded = {record.spec.method for record in records}
-    for name in chosen_methods or []:
-        if name not in recorded:
-            method_info(name)
+    chosen_methods = _chosen(parse_names(methods, "--methods"), recorded, expand_methods)
     if chosen_datasets is None:
         used = {record.spec.dataset for record in records if record.status == "ok"}
         known = [name for name in benchmarks.names() if name in used]
         chosen_datasets = known + sorted(used.difference(known))
     return arrange(records, chosen_methods, chosen_datasets, parse_names(columns, "--columns"))
+
+
+def _chosen(
+    given: list[str] | None, recorded: set[str], expand: Callable[[Iterable[str]], list[str]]
+) -> list[str] | None:
+    """Names as they are recorded, groups by what of them is; a known name without a run stays, and becomes a note."""
+    if given is None:
+        return None
+    found: list[str] = []
+    for name in given:
+        members = [name] if name in recorded else expand([name])
+        found += [member for member in members if member in recorded] or members
+    return list(dict.fromkeys(found))
 
 
 def _of_paper(paper: str, number: str | None, protocol: str, results: Path, profiles: Path) -> Table | None:
