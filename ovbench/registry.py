@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -41,6 +42,7 @@ _BASES = {
     "ovbench.models.method.Method": ("features", "patch_logits"),
     "ovbench.models.closed_set.ClosedSetMethod": ("model_config",),
 }
+SOLVER = "discrepancy-"  # method ids of the solvers begin so
 ALIASES = {"clip-kk": "kk"}  # names that papers use
 _TOLD = ("summary", "paper", "protocol", "track")
 _RECORDED = re.compile(r"\w+:\w+")
@@ -141,6 +143,28 @@ def _methods() -> dict[str, MethodInfo]:
 def method_names(track: str | None = OPEN_VOCABULARY) -> list[str]:
     """The method ids of a track, or with None of all, sorted; imports no method."""
     return [name for name, info in _methods().items() if track in (None, info.track)]
+
+
+def solver_names() -> list[str]:
+    """The discrepancy solvers, as ``--solver`` names them: ``op`` is the method ``discrepancy-op``."""
+    return [name.removeprefix(SOLVER) for name in method_names() if name.startswith(SOLVER)]
+
+
+def expand_methods(given: Iterable[str]) -> list[str]:
+    """Method ids for names of methods and of tracks, each once; ``all`` is the open-vocabulary track.
+
+    Raises:
+        UsageError: No such method.
+    """
+    found: list[str] = []
+    for name in given:
+        track = OPEN_VOCABULARY if name == "all" else name
+        if track in TRACKS:
+            found += method_names(track)
+        else:
+            method_info(name)
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def method_info(name: str) -> MethodInfo:

@@ -11,16 +11,26 @@ import json
 import reprlib
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ovbench.errors import NoBackgroundError, UsageError, unknown_name
 from ovbench.hashing import sha256_of
 from ovbench.paths import config_dir
 
 Mode = Literal["slide", "whole"]
-DType = Literal["float32", "bfloat16", "float16"]
+DEVICES = ("cpu", "cuda", "cuda:N")
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Precisions as records name them, and how each may be written as well."""
+
+
+def long_dtype(given: Any) -> Any:
+    """The long name of a precision, "bf16" as "bfloat16"; anything else as it is."""
+    return next((name for name, short in DTYPES.items() if given == short), given)
+
+
+DType = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(long_dtype)]
 ADDED_LATER = (
     "scales",
     "flip",

@@ -57,7 +57,7 @@ def measure(
         if all(entry.metric != "throughput" for entry in command.entries):
             settings["throughput"] = "false"
         words = ("profile", "--method", command.method, "--dataset", command.dataset, *flags(settings.items()))
-        ovbench(*words, "--device", device, "--samples", samples, "--save", "--results", str(profiles))
+        ovbench(*words, "--device", device, "--samples", samples, "--save", "--profiles", str(profiles))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

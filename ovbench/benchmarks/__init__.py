@@ -5,6 +5,7 @@ Importing this module needs neither torch nor mmengine nor cv2; see ``readers`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ __all__ = [
     "Pair",
     "Split",
     "SynthRules",
+    "expand",
     "get",
     "names",
     "own_root",
@@ -37,6 +39,21 @@ def names(group: str | None = None) -> list[str]:
         group: "eight" for the customary eight benchmarks of open-vocabulary papers, "large-vocabulary" or "closed-set".
     """
     return [name for name, found in definitions().items() if group in (None, found.values["benchmark"].get("group"))]
+
+
+def expand(given: Iterable[str]) -> list[str]:
+    """Ids for names of benchmarks and of groups, each once; ``all`` is all of them.
+
+    Raises:
+        UsageError: No such benchmark.
+    """
+    found: list[str] = []
+    for name in given:
+        group = names(None if name == "all" else name)
+        if not group:
+            get(name)
+        found += group or [name]
+    return list(dict.fromkeys(found))
 
 
 def get(name: str) -> Benchmark:

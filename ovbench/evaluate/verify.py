@@ -299,7 +299,7 @@ def _recorded_areas(
     if images is not None:
         raise DataError(
             f"There is no '{beside.name}' beside the record, which holds the areas per image: without it only the whole "
-            "run can be verified. Copy it along, or leave --images away."
+            "run can be verified. Copy it along, or leave --limit away."
         )
     on_message(f"No '{beside.name}' beside the record: only the sums over all images are compared.")
     return None

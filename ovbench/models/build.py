@@ -14,7 +14,7 @@ from ovbench.models.closed_set import ClosedSetMethod, ClosedSetModel
 from ovbench.models.closed_set_weights import load_network
 from ovbench.models.resolve import Resolved, resolve
 from ovbench.models.windowed import DTYPES
-from ovbench.spec import DType, Protocol, validated
+from ovbench.spec import DEVICES, DType, Protocol, long_dtype, validated
 from ovbench.spec import protocol as preset
 from ovbench.words.class_list import Classes, class_words
 
@@ -192,7 +192,7 @@ def build_model(
         classes: K classes, each a word or a list of words.
         protocol: A full protocol (also as a dict), a preset's name, or None for the method's own preset.
         benchmark: Benchmark whose preset values are meant; None leaves its thresholds away.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or as people shorten them (``bf16``).
         method_options: The method's own options.
         weights: As of :class:`ModelSpec`, like all that follow.
         arch: Architecture.
@@ -221,6 +221,7 @@ def build_model(
         from ovbench import benchmarks
 
         background = benchmarks.get(benchmark).background
+    dtype = long_dtype(dtype)
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     spec = ModelSpec(
@@ -249,7 +250,7 @@ def require_device(device: str) -> None:
     """
     kind = device.split(":")[0]
     if kind not in {"cpu", "cuda"}:
-        raise UsageError(f"Unknown device '{device}'. Known: cpu, cuda, cuda:N.")
+        raise UsageError(f"Unknown device '{device}'. Known: {', '.join(DEVICES)}.")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.split(":")[1]) if device[5:].isdigit() else 0

@@ -7,7 +7,6 @@ DINO and plain DINOv2, to the exact size with antialiasing for the register mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,14 @@ from torch import Tensor, nn
 from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.attention_base import TransformerSource, to_whole_patches
-from ovbench.networks.dense_clip import Grid, PosInterp, resize_position_embedding
+from ovbench.networks.attention_names import VITS, ViTRecipe
+from ovbench.networks.dense_clip import Grid, resize_position_embedding
 from ovbench.networks.published import fetched, random_digest
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.paths import user_path
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True)
-class ViTRecipe:
-    """What is needed to build one published vision transformer.
-
-    Attributes:
-        arch: timm architecture.
-        hub: Repository of its weights on the Hugging Face hub, in timm's layout.
-        patch: Patch side in pixels.
-        size: Side in pixels of the images that the position embeddings were trained on.
-        pos_interp: How its own code resizes position embeddings.
-        antialias: Whether it does so with antialiasing.
-    """
-
-    arch: str
-    hub: str
-    patch: int
-    size: int
-    pos_interp: PosInterp = "offset"
-    antialias: bool = False
-
-
-VITS = {
-    "dino-b8": ViTRecipe("vit_base_patch8_224", "timm/vit_base_patch8_224.dino", 8, 224),
-    "dinov2-s14": ViTRecipe("vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m", 14, 518),
-    "dinov2-b14": ViTRecipe("vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m", 14, 518),
-    "dinov2-b14-reg": ViTRecipe(
-        "vit_base_patch14_reg4_dinov2", "timm/vit_base_patch14_reg4_dinov2.lvd142m", 14, 518, "size", antialias=True
-    ),
-}
 
 
 class ViTSource(TransformerSource):

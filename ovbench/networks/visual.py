@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovbench.errors import unknown_name
-from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
+from ovbench.networks.attention_names import VITS
+from ovbench.networks.attention_vit import ViTSource, load_vit
 from ovbench.networks.sam import SAMS, load_sam
 from ovbench.networks.visual_base import VisualEncoder
 

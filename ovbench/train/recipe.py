@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.paths import user_path
-from ovbench.spec import validated
+from ovbench.spec import long_dtype, validated
 
 # Fields that the first released trainings do not have: at their defaults, which is what was done before, no hash knows them.
 ADDED_LATER = ("accumulate", "checkpoint_activations", "data_fraction")
@@ -49,7 +49,9 @@ class Recipe(BaseModel):
     flip: float = Field(0.5, ge=0, le=1, description="share of mirrored images")
     photometric: bool = Field(True, description="random brightness, contrast, saturation and hue")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; None = no limit")
-    amp: Literal["off", "bfloat16", "float16"] = Field("off", description="autocast of the forward")
+    amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(long_dtype)] = Field(
+        "off", description="autocast of the forward"
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="weight of the new parameters in their running mean; None = no mean"
     )

@@ -149,7 +149,9 @@ Combination = tuple[str, str, Path | None, bool, tuple[tuple[str, str], ...]]
 
 def _combinations(grid: Grid) -> Iterable[Combination]:
     """Every run of a grid: method, dataset, data root, demo, options."""
+    from ovbench import benchmarks
     from ovbench.benchmarks import own
+    from ovbench.registry import expand_methods
 
     for key in (*grid.set, *grid.vary):
         if key.replace("-", "_") in OWN:
@@ -160,36 +162,10 @@ def _combinations(grid: Grid) -> Iterable[Combination]:
     if both:
         raise UsageError(f"'{sorted(both)[0]}' is set and varied: give it once.")
     values = [[(key, value) for value in grid.vary[key]] for key in grid.vary]
-    for dataset, method in itertools.product(_datasets(grid.datasets), _methods(grid.methods)):
+    for dataset, method in itertools.product(benchmarks.expand(grid.datasets), expand_methods(grid.methods)):
         root = None if own.is_path(dataset) or grid.data_root is None else grid.data_root.expanduser().absolute()
         for chosen in itertools.product(*values):
             yield method, dataset, root, grid.demo, (*grid.set.items(), *chosen)
-
-
-def _methods(given: Iterable[str]) -> list[str]:
-    from ovbench.registry import TRACKS, method_info, method_names
-
-    found: list[str] = []
-    for name in given:
-        track = TRACKS[0] if name == "all" else name
-        if track in TRACKS:
-            found += method_names(track)
-        else:
-            method_info(name)
-            found.append(name)
-    return list(dict.fromkeys(found))
-
-
-def _datasets(given: Iterable[str]) -> list[str]:
-    from ovbench import benchmarks
-
-    found: list[str] = []
-    for name in given:
-        group = benchmarks.names(None if name == "all" else name)
-        if not group:
-            benchmarks.get(name)
-        found += group or [name]
-    return list(dict.fromkeys(found))
 
 
 def read_grids(path: Path) -> list[Grid]:

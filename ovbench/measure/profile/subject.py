@@ -212,12 +212,16 @@ def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManage
 
 
 def _classes(spec: ProfileSpec) -> Classes:
-    """The benchmark's words (or names, for a method that takes no words), or as many made-up ones as are asked for."""
+    """The benchmark's words (or names, for a method that takes no words), or as many made-up ones as classes
+    and words are asked for.
+    """
     from ovbench import benchmarks
     from ovbench.registry import method_info
 
     if spec.dataset is None or spec.classes is not None:
-        return [f"class {number}" for number in range(spec.classes or DEFAULT_CLASSES)]
+        words = [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+        words[-1] += [f"synonym {number}" for number in range((spec.words or 0) - len(words))]
+        return words
     benchmark = benchmarks.get(spec.dataset)
     if not method_info(spec.method).takes_words:
         return list(benchmark.class_names)
