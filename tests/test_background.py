@@ -17,7 +17,7 @@ from ovbench import benchmarks
 from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import DataError, NoBackgroundError, UsageError
-from ovbench.models.patch_model import build_model
+from ovbench.models.build import build_model
 from ovbench.ops.labels import decide
 from ovbench.spec import RunSpec, protocol, protocol_names
 

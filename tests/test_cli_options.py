@@ -293,9 +293,9 @@ def test_classes_of_profile(
         assert run_command(["profile", "-m", "clip", *given]) == 2
         spec = specs.pop()
         assert (spec.dataset, spec.classes, spec.words) == expected
-    from ovbench.measure.profile.subject import _words
+    from ovbench.measure.profile.subject import _classes
 
-    words = _words(spec.model_copy(update={"dataset": None, "classes": 2, "words": 4}))
+    words = _classes(spec.model_copy(update={"dataset": None, "classes": 2, "words": 4}))
     assert [len(entry) for entry in words] == [1, 3]
     capsys.readouterr()
     for given, message in (
@@ -365,7 +365,7 @@ def test_precisions_have_short_names(name: str) -> None:
 
 
 def test_a_model_takes_short_names_of_precisions() -> None:
-    from ovbench.models.patch_model import build_model
+    from ovbench.models.build import build_model
 
     assert build_model("clip", classes=["a"], weights="builtin", templates="plain", dtype="bf16").dtype == "bfloat16"  # type: ignore[arg-type]
 

@@ -68,7 +68,7 @@ AreaRule = Annotated[str | None, typer.Option("--area-rule", help="Where dropped
 Upsample = Annotated[str | None, typer.Option("--upsample", help="Patch logits to the image's size: {upsample}.", rich_help_panel=PROTOCOL)]
 Pamr = Annotated[int | None, typer.Option("--pamr", help="Iterations of PAMR; 0 = off.", rich_help_panel=PROTOCOL)]
 Wording = Annotated[str | None, typer.Option("--wording", help="Named word list of the benchmark, or a file: one class per line, synonyms after commas.", rich_help_panel=PROTOCOL)]
-Prompts = Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), fc-clip, lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.", rich_help_panel=PROTOCOL)]
+Prompts = Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone) or fc-clip; lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.", rich_help_panel=PROTOCOL)]
 Scales = Annotated[str | None, typer.Option("--scales", metavar="A,B,...", help="Closed-set methods: factors on the size, whose probabilities are averaged, e.g. 0.5,1,1.5.", rich_help_panel=PROTOCOL)]
 Flip = Annotated[bool | None, typer.Option("--flip/--no-flip", help="Closed-set methods: also the mirrored image.", rich_help_panel=PROTOCOL)]
 PatchPad = Annotated[str | None, typer.Option("--patch-pad", help="Input that is no multiple of the patch: {patch_pad}.", rich_help_panel=PROTOCOL)]

@@ -155,7 +155,7 @@ def _head_spec(
     given = [name for name, value in {"input": input, **overrides}.items() if value is not None]
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --classes N.")
+        raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --num-classes N.")
     hosts.head_config(hosts.addon_and_host(fields["method"])[1], encoder=fields["arch"])
     hosts.feature_grids(features or "64x64")
     if fields["dataset"] is not None and fields["classes"] is None:

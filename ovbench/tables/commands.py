@@ -241,7 +241,9 @@ def _commands(entry: Printed, want: Wanted) -> Iterable[Command]:
     else:
         others = {**want.prefer, **want.require}
         settings |= {
-            name: _text(others[name]) for name in ("part", "features", "classes", "count", "dtype") if name in others
+            {"classes": "num_classes"}.get(name, name): _text(others[name])
+            for name in ("part", "features", "classes", "count", "dtype")
+            if name in others
         }
         # Parameters do not depend on what is fed: whatever else is measured of the row decides.
         if entry.metric == "params":

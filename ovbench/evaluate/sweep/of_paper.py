@@ -125,7 +125,7 @@ def _profile(command: Command, asked: Asked, stored: Sequence[Measured], profile
     chosen = {**dict(command.settings), **{name: value for name, value in (asked.set or {}).items() if name == "dtype"}}
     arguments = (
         "profile", "--method", command.method, "--dataset", command.dataset, *flags(chosen.items()),
-        "--device", device, "--results", str(profiles), "--save", "--json",
+        "--device", device, "--profiles", str(profiles), "--save", "--json",
     )  # fmt: skip
     job = Job(0, command.method, command.dataset, f"profile {_words(tuple(chosen.items()))}".strip(), arguments)
     return replace(job, recorded=recorded_by(command, stored))
