@@ -15,7 +15,7 @@ from torch import Tensor
 from ovbench.errors import UsageError, WeightsError
 from ovbench.evaluate.verify import options_again
 from ovbench.methods.cat_seg import _as_published
-from ovbench.models.patch_model import build_model
+from ovbench.models.build import build_model
 from ovbench.models.resolve import resolve
 from ovbench.models.trained_file import About, save
 from ovbench.models.view_averaging import ViewModel
