@@ -26,7 +26,7 @@ from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.models.method import Method
 from ovbench.models.trained_file import read_about
-from ovbench.networks.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
+from ovbench.networks.clip_weights import from_openai_format, load_clip
 from ovbench.networks.cost_aggregation import checkpoint
 from ovbench.networks.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
 from ovbench.networks.cost_aggregation.losses import binary_cross_entropy, share_of_loss
@@ -47,8 +47,6 @@ METHODS = {
 }
 # Looked at for what is inferred: the public CAT-Seg (configs/vitb_384.yaml, vitl_336.yaml, cat_seg_model.py) and its
 # paper.
-PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)
-PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)
 COCO_STUFF: dict[str, Any] = {  # config.yaml and vitb_384.yaml of the public code, where L/14 differs in CLIP alone
     "optimizer": "adamw",
     "lr": 2e-4,
@@ -178,7 +176,7 @@ class CATSeg(Method):
                 "--weights FILE ('ovbench train' makes one), or 'random' to try the path."
             )
         clip = load_clip(weights, arch, activation=activation, seed=seed, device=device)
-        return cls(_as_published(clip), config, seed=seed)
+        return cls(checkpoint.with_public_statistics(clip), config, seed=seed)
 
     @classmethod
     def _from_checkpoint(cls, state: dict[str, Any], path: Path, config: Any, activation: Any, seed: int) -> CATSeg:
@@ -196,7 +194,7 @@ class CATSeg(Method):
         )
         window = config.window if found.window is None else found.window
         sizes = checkpoint.read_config(found.head, str(path), window=window, heads=config.heads, keep=config.pad_len)
-        method = cls(_as_published(clip), config, sizes=sizes, seed=seed)
+        method = cls(checkpoint.with_public_statistics(clip), config, sizes=sizes, seed=seed)
         if found.grid is not None and found.grid != config.grid:
             raise UsageError(f"'{path}' is for a grid of {found.grid} x {found.grid}: use -o grid={found.grid}.")
         method._fill(found.head, str(path))
@@ -400,16 +398,3 @@ class CATSeg(Method):
             self.clip.split_projections()
         self.changed = policy != "frozen-clip"
         return parameter_groups(self, policy, self.FROZEN)
-
-
-def _as_published(clip: DenseCLIP) -> DenseCLIP:
-    """The CLIP with the pixel statistics and the position embeddings of the public code.
-
-    OpenAI's statistics are not rounded there, as they are in the code of the training-free methods, and position
-    embeddings are resized to the size.
-    """
-    clip.pos_interp = "size"
-    if torch.equal(clip.mean.flatten().cpu(), torch.tensor(OPENAI_MEAN)):  # type: ignore[operator]
-        for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
-            getattr(clip, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
-    return clip

@@ -16,18 +16,16 @@ import importlib.machinery
 import importlib.util
 import os
 import re
-import sys
-import traceback
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ovbench.errors import OvbenchError, OvbenchWarning, UsageError, first_line, unknown_name
+from ovbench.models.own_file import run_file
 from ovbench.paths import methods_dir, user_path
 
 if TYPE_CHECKING:
@@ -232,7 +230,7 @@ def class_of(name: str) -> type[Any]:
     """
     if is_path(name):
         info, content = _of_file(name)
-        module = _run_file(info, content)
+        module = run_file(info, content)
     else:
         info = method_info(name)
         try:
@@ -248,21 +246,6 @@ def class_of(name: str) -> type[Any]:
     if found is None:
         raise OvbenchError(f"Method '{name}' should be '{info.cls}' in '{info.module}', but there is no such class.")
     return _require_method(found, info)
-
-
-def own_frame(error: BaseException) -> str | None:
-    """Where in the user's own method file an error arose, e.g. ``"my_method.py line 12, in features"``; None elsewhere."""
-    files = {module.__file__ for module in _loaded.values()}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename in files:
-            return f"{Path(frame.filename).name} line {frame.lineno}, in {frame.name}"
-    return None
-
-
-# Hashes of the files that the user was told of; processes inherit it.
-_ANNOUNCED = "OVBENCH_TOLD_OF_CODE"
-# Modules of own files by path and content: an edited file is run again, an unchanged one is the same class.
-_loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 def is_path(name: str) -> bool:
@@ -332,43 +315,6 @@ def _told(source: str, cls: str, where: str) -> dict[str, str]:
         raise UsageError(
             f"METHODS in '{where}' must be a literal dict of dicts, as in ovbench's methods: {error}."
         ) from None
-
-
-def _run_file(info: MethodInfo, content: bytes) -> ModuleType:
-    """The module of a user's file, run once per content.
-
-    Compiled from the bytes that were hashed: Python's own import would keep a cache beside the user's file, and take an
-    old one where a file was changed twice within a second.
-    """
-    key = (str(info.source), str(info.source_sha256))
-    if key in _loaded:
-        return _loaded[key]
-    _say_that_it_runs(info)
-    name = f"ovbench_own_{info.name.partition(':')[0]}_{key[1][:12]}"
-    module = ModuleType(name)
-    module.__file__ = key[0]
-    sys.modules[name] = module  # dataclasses look their module up
-    _loaded[key] = module
-    try:
-        exec(compile(content, key[0], "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        frame = own_frame(error)
-        del sys.modules[name], _loaded[key]
-        lost = isinstance(error, ModuleNotFoundError) and (Path(key[0]).parent / f"{error.name}.py").is_file()
-        hint = " Its neighbours are not searched: put all into one file, or install a package." if lost else ""
-        raise UsageError(
-            f"The method file '{info.module}' cannot be run: {type(error).__name__}: {error} ({frame}).{hint}"
-        ) from error
-    return module
-
-
-def _say_that_it_runs(info: MethodInfo) -> None:
-    """A warning before the code of a file is run, once for the command and the processes that it starts."""
-    told = os.environ.get(_ANNOUNCED, "").split()
-    digest = str(info.source_sha256)
-    if digest not in told:
-        os.environ[_ANNOUNCED] = " ".join([*told, digest])
-        warnings.warn(f"'{info.source}' is code and is run now, with all your rights.", OvbenchWarning, stacklevel=4)
 
 
 def _require_method(found: object, info: MethodInfo) -> type:

@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 # else; the longest name that fits decides. Imports inside functions count as well.
 LAYERS = (
     ("errors", "hashing", "paths"),
+    ("models.own_file",),
     ("mm.compat", "ops", "measure", "pictures", "words.class_list", "networks.builtin", "registry", "words.prompts"),
     ("spec", "networks", "benchmarks", "models.backbone_constants"),
     ("words", "results", "models.base"),

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ovbench.errors import UsageError, WeightsError
 from ovbench.evaluate.verify import options_again
-from ovbench.methods.cat_seg import _as_published
 from ovbench.models.build import build_model
 from ovbench.models.resolve import resolve
 from ovbench.models.trained_file import About, save
 from ovbench.models.view_averaging import ViewModel
 from ovbench.networks.clip_weights import from_openai_format
 from ovbench.networks.cost_aggregation.aggregator import cosine_cost, most_similar
+from ovbench.networks.cost_aggregation.checkpoint import with_public_statistics
 from ovbench.networks.cost_aggregation.filtering import kept_labels, rescaled
 from ovbench.networks.cost_aggregation.fusion import KINDS, Fusion
 from ovbench.networks.dense_clip import DenseCLIP
@@ -44,7 +44,7 @@ def clip_state() -> dict[str, Tensor]:
 
 @pytest.fixture
 def clip(clip_state: dict[str, Tensor]) -> DenseCLIP:
-    return _as_published(from_openai_format(clip_state, "tiny", "ab" * 32))
+    return with_public_statistics(from_openai_format(clip_state, "tiny", "ab" * 32))
 
 
 @pytest.fixture(autouse=True)

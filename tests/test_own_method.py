@@ -22,7 +22,8 @@ import ovbench
 from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import RunError, UsageError
-from ovbench.registry import method_class, method_info, own_frame
+from ovbench.models.own_file import own_frame
+from ovbench.registry import method_class, method_info
 from ovbench.results import store
 
 # As methods/kk.py does it, with an option, under "from __future__ import annotations" (which dataclasses must survive).

@@ -356,7 +356,7 @@ def _writing(path: Path) -> Iterator[None]:
 @contextmanager
 def _located() -> Iterator[None]:
     """Errors out of a method file of the user's own, with file and line."""
-    from ovbench.registry import own_frame
+    from ovbench.models.own_file import own_frame
 
     try:
         yield

@@ -49,7 +49,7 @@ def clear_error(error: Exception) -> OvbenchError:
             f"Cannot write or read {where}: {error.strerror}. Finished images are kept; make room or permission, and "
             "continue with --resume."
         )
-    from ovbench.registry import own_frame
+    from ovbench.models.own_file import own_frame
 
     lines, place = text.strip().splitlines(), own_frame(error)
     where = f" ({place})" if place else ""

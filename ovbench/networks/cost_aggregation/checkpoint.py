@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from ovbench.errors import WeightsError
+from ovbench.networks.clip_weights import OPENAI_MEAN
 from ovbench.networks.cost_aggregation.aggregator import AggregatorConfig
 from ovbench.networks.cost_aggregation.swin import shift_mask
+from ovbench.networks.dense_clip import DenseCLIP
 
 CLIP = "sem_seg_head.predictor.clip_model."
 AGGREGATOR = "sem_seg_head.predictor.transformer."
 UPSAMPLE = ("upsample1.", "upsample2.")
 MASK = ".attn_mask"  # a buffer of the public code that follows from the window's size
+PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # RGB
+PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)
 PARTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -190,3 +194,16 @@ def _grid_of(masks: Mapping[str, Tensor], name: str) -> tuple[int | None, int | 
     ]
     refuse(name, shapes=wrong)
     return window * across, window
+
+
+def with_public_statistics(clip: DenseCLIP) -> DenseCLIP:
+    """The CLIP with the pixel statistics and the position embeddings of the public code.
+
+    OpenAI's statistics are not rounded there, as they are in the code of the training-free methods, and position
+    embeddings are resized to the size.
+    """
+    clip.pos_interp = "size"
+    if torch.equal(clip.mean.flatten().cpu(), torch.tensor(OPENAI_MEAN)):  # type: ignore[operator]
+        for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
+            getattr(clip, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
+    return clip
