@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
-SHARED = {"study", "learning"}  # no scripts
+SHARED = {"study", "learning", "inferred"}  # no scripts, and one that test_inferred.py runs
 SPEED = {"discrepancy_speed", "engine", "lsmseg_filtering", "masks_speed", "paper_efficiency", "sizes"}
 BUILTIN = ("--weights", "builtin", "--repeats", "1")
 

@@ -6,7 +6,7 @@ A method's class holds a literal table, ``BACKBONES``, so that the tables of res
 
 A field that stands in the table has the default None in the method's config, "the backbone's own"; an entry without values
 says that the config's own defaults were published for that backbone too. The first entry is the reference: a backbone that
-the table does not know gets the values of one as deep, else those of the reference, and that is *inferred*. Imports no torch.
+the table does not know gets the values of one as deep, else those of the reference, and that is said. Imports no torch.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def changed_options(method: str, options: Mapping[str, Any], arch: str | None) -
 
 
 def inferred_constants(method: str, options: Mapping[str, Any], arch: str | None) -> str | None:
-    """What a method's constants (or its base's) are inferred from on this backbone; None where they were published for it."""
+    """Whence constants of a method (or its base) come that were not published for this backbone; None where they were."""
     for name in (method, str(options.get("base"))):
         table, elsewhere = _backbones(name)
         backbone = backbone_named(arch)
