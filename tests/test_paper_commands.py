@@ -250,3 +250,45 @@ def test_a_demo_sweep_plans_runs_of_the_tables_rows(tmp_path: Path) -> None:
 def test_metrics_without_a_figure_are_told_apart() -> None:
     assert metric("mIoU").measured and metric("iou:bed").measured
     assert not any(metric(name).measured for name in ("train_time", "referring", "ratio:bed", "mAP"))
+
+
+def test_trained_weights_are_found_by_what_they_are_of(tmp_path: Path, make_record: Any) -> None:
+    from ovbench.train.recipe import recipe
+    from ovbench.train.record import PartReport, TrainRecord, TrainSpec, write
+
+    rows = {row.key.row: row for row in table_commands("thesis-lsmseg", "5.10")}
+    frozen, own = (rows[name].commands[0].training for name in ("Freeze", "CLIP _qv"))
+    assert frozen is not None and own is not None and frozen.overrides == ("policy=frozen-clip",)
+    cls = _class("lsmseg")
+    options = json.loads(json.dumps(asdict(cls.configure({}))))
+    environment = make_record().environment
+
+    def store(name: str, *, set_: dict[str, str] | None = None, day: int = 1, **fields: Any) -> Path:
+        chosen, moved = recipe(cls.RECIPES, "coco_stuff", None, set_)
+        spec = {
+            "method": "lsmseg", "method_options": options, "arch": "ViT-B-16", "weights": "openai", "dataset": "coco_stuff",
+            "dataset_version": 1, "dataset_fingerprint": "0", "images": 9, "recipe": chosen, "overrides": moved,
+            "planned": 9, "templates": "lsmseg", **fields.pop("spec", {}),
+        }  # fmt: skip
+        started = datetime(2026, 1, day, tzinfo=timezone.utc)
+        record = TrainRecord(
+            train_id=name, spec=TrainSpec(**spec), spec_hash="0", status=fields.get("status", "ok"), iterations=9,
+            parts=(PartReport(part="all", params=1, trainable=1, lr_mult=1.0),), environment=environment, git_commit=None,
+            git_dirty=None, package_versions={}, command="", started=started, reason=fields.get("reason"),
+        )  # fmt: skip
+        return write(record, tmp_path / name).with_name("model.safetensors")
+
+    assert own.find(tmp_path) is None
+    older = store("older")
+    assert own.find(tmp_path) == older and frozen.find(tmp_path) is None
+    newer = store("newer", day=2)
+    kept = store("kept", set_={"policy": "frozen-clip"}, day=3)
+    store("trial", day=4, spec={"limit_iters": 3})
+    store("demo", day=5, spec={"demo": True})
+    store("broken", day=6, status="failed", reason="no memory")
+    store("other", day=7, spec={"method_options": {**options, "filter_k": 16}})
+    store("large", day=8, spec={"arch": "ViT-L-14"})
+    store("faster", day=9, set_={"lr": "0.5"})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "training.json").write_text("{")
+    assert own.find(tmp_path) == newer and frozen.find(tmp_path) == kept
