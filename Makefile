@@ -9,7 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Two test processes at most: each holds torch and a model in memory.
+# Two test processes at most: each holds torch and a model in memory. Stealing work leaves files whole, so that what the tests
+# of a file share is made once, not once per process.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); if [ "$$n" -gt 2 ]; then echo 2; else echo "$$n"; fi)
 
 # pip runs setuptools with PYTHONWARNINGS=ignore: its advice about editable installs is pages long.
@@ -38,7 +39,7 @@ types: $(DEV_STAMP)
 	@$(BIN)/mypy
 
 pytest: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 paper-efficiency: $(DEV_STAMP)
 	@$(BIN)/python studies/paper_efficiency.py

@@ -31,18 +31,21 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.methods.norms import norm_layer  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg
 from ovbench.ops.affinity import (
     MAP_ENTRIES,
     affinity_loss,
     associate,
     class_centers,
-    full_precision,
     intra_and_inter,
     labels_on_grid,
 )
+from ovbench.ops.full_precision import full_precision
 
 
+# Looked at for what is inferred: thesis ch. 3 (equations, Tables 3.1 to 3.5), mmseg's heads and recipes of the hosts,
+# OCR's object attention, CPNet; no public code of the method was found.
 @dataclass(frozen=True)
 class CAAConfig:
     """Switches and widths of CAA; the defaults are the full method.
@@ -218,7 +221,7 @@ def register() -> type[nn.Module]:
             self.config = config
             built.cls_seg = hosts.as_is
             self.host = built
-            self.caa = CAA(built.channels, config, hosts.norm_layer(built.norm_cfg))
+            self.caa = CAA(built.channels, config, norm_layer(built.norm_cfg))
 
         def forward(self, inputs: Any) -> Any:
             features, extra = hosts.features(self.host, inputs)

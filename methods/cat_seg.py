@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.models.method import Method
+from ovbench.models.trained_file import read_about
 from ovbench.networks.clip_weights import OPENAI_MEAN, from_openai_format, load_clip
 from ovbench.networks.cost_aggregation import checkpoint
 from ovbench.networks.cost_aggregation.aggregator import Aggregated, Aggregator, AggregatorConfig
-from ovbench.networks.cost_aggregation.losses import binary_cross_entropy
+from ovbench.networks.cost_aggregation.losses import binary_cross_entropy, share_of_loss
 from ovbench.networks.cost_aggregation.policies import ATTENTION, parameter_groups, require_policy
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.networks.recompute import recomputed
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.words.embeddings import embed_words, encode_tokens
 from ovbench.words.prompts import Prompts
@@ -43,6 +45,8 @@ METHODS = {
         "protocol": "cat-seg",
     }
 }
+# Looked at for what is inferred: the public CAT-Seg (configs/vitb_384.yaml, vitl_336.yaml, cat_seg_model.py) and its
+# paper.
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)
 PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)
 COCO_STUFF: dict[str, Any] = {  # config.yaml and vitb_384.yaml of the public code, where L/14 differs in CLIP alone
@@ -92,6 +96,12 @@ class CATSeg(Method):
     # small, for a demo
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"hidden": 32, "layers": 1, "grid": 12, "window": 6}
     MODEL = "ovbench.models.view_averaging:ViewModel"
+    ARITHMETIC = 1  # its correlation has always been float32
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {  # blocks that guide the decoder, see __init__
+        "ViT-B/16": {"source": "public code, layer_indexes 3 and 7", "values": {}},
+        "ViT-L/14": {"source": "public code, layer_indexes 7 and 15", "values": {}},
+    }
+    ELSEWHERE = "the decoder is guided by blocks at a third and two thirds of the depth"
     # on the other training sets of the thesis' Table 5.11 alike: inferred, the table names them and no other recipe
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
@@ -107,7 +117,9 @@ class CATSeg(Method):
     ) -> None:
         super().__init__(clip, config)
         c = self.config
-        sizes = sizes or aggregator_config(c, clip.embed_dim)
+        sizes = sizes or AggregatorConfig.of(
+            clip.embed_dim, c.hidden, layers=c.layers, heads=c.heads, window=c.window, prompts=c.prompts, keep=c.pad_len
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.aggregator = Aggregator(sizes)
@@ -116,8 +128,10 @@ class CATSeg(Method):
         for part in (self.aggregator, self.upsample1, self.upsample2):
             part.to(clip.mean.device).requires_grad_(False)  # type: ignore[arg-type]
         self.aggregator.as_published(c.as_published)
-        # Blocks whose output guides the decoder: 3 and 7 of 12, 7 and 15 of 24 in the public code; other depths inferred.
-        self.guides = (max(0, clip.depth // 3 - 1), max(0, 2 * clip.depth // 3 - 1))
+        # Blocks whose output guides the decoder: 3 and 7 of ViT-B/16, 7 and 15 of all others in the public code, of which the
+        # small ones have fewer blocks.
+        depth = min(clip.depth, 24)
+        self.guides = (max(0, depth // 3 - 1), max(0, 2 * depth // 3 - 1))
         self.changed = False
         self._training_text: tuple[Tensor, int] | None = None
         self.eval()
@@ -170,7 +184,16 @@ class CATSeg(Method):
     def _from_checkpoint(cls, state: dict[str, Any], path: Path, config: Any, activation: Any, seed: int) -> CATSeg:
         """The method from a state dict with the public names."""
         found = checkpoint.read(state, str(path), cls.PARTS)
-        clip = from_openai_format(found.clip, str(path), sha256_of_file(path), quick=activation != "gelu")
+        about = read_about(path)
+        clip = from_openai_format(
+            found.clip,
+            str(path),
+            sha256_of_file(path),
+            quick=activation != "gelu",
+            path=path,
+            known=None if about is None else about.arch,
+            remedy="put the open_clip_config.json of its CLIP beside the file",
+        )
         window = config.window if found.window is None else found.window
         sizes = checkpoint.read_config(found.head, str(path), window=window, heads=config.heads, keep=config.pad_len)
         method = cls(_as_published(clip), config, sizes=sizes, seed=seed)
@@ -262,13 +285,17 @@ class CATSeg(Method):
             return found
 
         first, second = (as_map(tokens.after[index]) for index in self.guides)
-        dense = as_map(self.dense_tokens(tokens.after[last]))
+        dense = as_map(recomputed(self.clip.recompute, self.dense_tokens, tokens.after[last]))
         first, second, guide = self.guidance(images, (first, second, dense))
-        return dense, (guide, self.upsample1(first), self.upsample2(second))
+        return self.compared(dense, guide), (guide, self.upsample1(first), self.upsample2(second))
 
     def guidance(self, images: Tensor, maps: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """What guides decoder and aggregation, from CLIP's maps: two blocks (B, C, h, w) and the dense features."""
         return maps
+
+    def compared(self, dense: Tensor, guide: Tensor) -> Tensor:
+        """What the texts are compared with (B, D, h, w): CLIP's dense features, or what guides the aggregation."""
+        return dense
 
     def patch_logits(self, images: Tensor, text: Tensor) -> Tensor:
         """Logits (B, T, 4 grid, 4 grid), float32, of normalised images; -100 for a class that the filter dropped."""
@@ -338,6 +365,15 @@ class CATSeg(Method):
         text = self._encoded(*self._training_text)
         return self.class_logits(self.clip.normalise(images), text), text.shape[0]
 
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of CLIP's blocks and of the parts of the aggregation for the backward pass."""
+        self.clip.recompute_activations()
+        self.aggregator.recompute = True
+
+    def loss_share(self, labels: Tensor, part: slice) -> float:
+        """As of a mean over images, or over those pixels that are not ignored."""
+        return share_of_loss(labels, part, self.config.ignored_as_negative)
+
     def prepare_training(self, policy: str = "attention") -> list[dict[str, Any]]:
         """The parameter groups of a policy, which from now on have gradients while all else has none."""
         groups = self.parameter_groups(policy)
@@ -377,24 +413,3 @@ def _as_published(clip: DenseCLIP) -> DenseCLIP:
         for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
             getattr(clip, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
     return clip
-
-
-def aggregator_config(config: CATSegConfig, embed_dim: int) -> AggregatorConfig:
-    """Sizes of the aggregator on a CLIP whose joint space has ``embed_dim`` dimensions."""
-    h = config.hidden
-    return AggregatorConfig(
-        text_dim=embed_dim,
-        image_dim=embed_dim,
-        text_proj=h,
-        image_proj=h,
-        decoder_dims=(h // 2, h // 4),
-        decoder_guidance=(2 * h, h),
-        decoder_proj=(h // 4, h // 8),
-        hidden=h,
-        layers=config.layers,
-        heads=config.heads,
-        window=config.window,
-        prompts=config.prompts,
-        pad_len=config.pad_len,
-        keep=config.pad_len,
-    )

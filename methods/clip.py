@@ -11,6 +11,8 @@ from torch import Tensor
 from ovbench.models.method import Method
 from ovbench.networks.dense_clip import LastBlock
 
+# Looked at for what is inferred: the public SCLIP (clip_segmentor.py and its configs), CLIP's paper and code, which
+# segment nothing.
 METHODS = {
     "clip": {
         "cls": "Clip",

@@ -122,7 +122,8 @@ METHODS = {
 
 # Both chapters: SGD with momentum .9, poly schedule of power .9, batch 16, ratios .5 to 1.75 (text), mirroring. Photometric
 # distortion is *inferred*: the thesis does not say, mmseg's recipes for these hosts have it. So is ADE20K's recipe for
-# benchmarks that the thesis does not train on.
+# benchmarks that the thesis does not train on. Looked at for what is inferred: chapters 3 and 4 of the thesis (settings of their
+# experiments), mmseg's configs of the hosts.
 _SGD: dict[str, Any] = {
     "optimizer": "sgd",
     "momentum": 0.9,

@@ -27,6 +27,8 @@ from ovbench.ops.discrepancy import SolverConfig, class_posterior, discrepancy_m
 from ovbench.ops.patch_logits import PatchLogits
 from ovbench.registry import method_class, method_info
 
+# Looked at for what is inferred: arXiv 2604.07723 (no public code was found), its public ancestor M2N2, and the trials
+# of docs/discrepancy.md. The paper names time step 0 of sd2 as one that works.
 METHODS = {
     "discrepancy-op": {
         "cls": "OptimalPath",
@@ -97,6 +99,7 @@ class Discrepancy(Solver):
             raise UsageError(f"The base '{c.base}' is a solver itself: give a dense method, e.g. kk or sc-clip.")
         self.dtype = torch.float32
         self.base: Method = base.build(clip, dict(c.base_options))
+        self.constants = self.base.constants
         its: dict[str, Any] = {"size": c.attention_size, "timestep": c.attention_timestep}
         if c.attention != "sd2":
             its = {"blocks": None if c.attention_blocks is None else str(c.attention_blocks)}

@@ -49,6 +49,8 @@ from ovbench.ops.class_context import (
 Reduce = Callable[[Tensor], Tensor]
 
 
+# Looked at for what is inferred: thesis ch. 4 (equations, Tables 4.2 to 4.6), the public CAC (tianzhuotao/CAC), from
+# which it comes, mmseg's recipes of the hosts; no public code of the method was found.
 @dataclass(frozen=True)
 class ECACConfig:
     """Switches of ECAC; the rows of thesis Tables 4.2 to 4.5 are settings of these.
@@ -63,9 +65,9 @@ class ECACConfig:
             cosine update weighs by is *inferred*.
         calibration: gamma_c, delta_c (Table 4.5).
         hidden: d', *inferred* from the +1.03 M parameters of Table 4.6 at d = 512.
-        activation: Between xi's two layers, *inferred*.
-        momentum: mu, *inferred*.
-        rho: Exponent of the class weights, *inferred*.
+        activation: Between xi's two layers, *inferred*: none is named.
+        momentum: mu, *inferred*: no value is printed.
+        rho: Exponent of the class weights, *inferred*: no value is printed.
         memory_loss_start: Iterations before L_M sets in.
     """
 

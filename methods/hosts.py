@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.networks import encoders
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 NUM_CLASSES = 150  # ADE20K, the thesis' efficiency tables
 
@@ -116,26 +116,6 @@ def register() -> None:
 
     isnet.register()
     segnext.register()
-
-
-def norm_layer(config: dict[str, Any] | None) -> Callable[[int], nn.Module]:
-    """Channels to a norm, of an mmseg ``norm_cfg``; None means plain batch norm.
-
-    Raises:
-        UsageError: A norm that is none of BN, SyncBN and GN.
-    """
-    from torch import nn
-
-    name = (config or {"type": "BN"})["type"]
-    groups = (config or {}).get("num_groups", 32)
-    norms: dict[str, Callable[[int], nn.Module]] = {
-        "BN": nn.BatchNorm2d,
-        "SyncBN": nn.SyncBatchNorm,
-        "GN": lambda channels: nn.GroupNorm(math.gcd(groups, channels), channels),
-    }
-    if name not in norms:
-        raise unknown_name("norm of a decode head", name, norms)
-    return norms[name]
 
 
 def features(host: Any, inputs: Any) -> tuple[Tensor, Any]:

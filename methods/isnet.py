@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.methods.norms import norm_layer  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg
 
 Norm = Callable[[int], nn.Module]
@@ -146,7 +146,7 @@ def register() -> type[nn.Module]:
                 self.channels,
                 self.num_classes,
                 transform_channels,
-                hosts.norm_layer(self.norm_cfg),
+                norm_layer(self.norm_cfg),
                 self.dropout_ratio,
             )
 

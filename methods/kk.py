@@ -11,6 +11,8 @@ from torch import Tensor
 from ovbench.models.method import Method
 from ovbench.networks.dense_clip import Grid, LastBlock
 
+# Looked at for what is inferred: arXiv 2604.07723, which names the attention and no sizes; NACLIP's public code and
+# configs, which has k-k attention.
 METHODS = {
     "kk": {
         "cls": "KeyKey",

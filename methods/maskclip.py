@@ -13,6 +13,8 @@ from torch import Tensor
 from ovbench.models.method import Method
 from ovbench.networks.dense_clip import Grid, LastBlock
 
+# Looked at for what is inferred: the public MaskCLIP (configs/maskclip: mmseg 0.x, 520 x 520 or 512 x 512, sizes by
+# benchmark); SCLIP's and NACLIP's papers, which print it as a baseline under their own settings.
 METHODS = {
     "maskclip": {
         "cls": "MaskCLIP",

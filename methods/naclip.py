@@ -8,6 +8,7 @@ configs turn on and the paper's headline numbers do without, is a switch of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,10 @@ class NACLIP(Method):
     """NACLIP on any CLIP ViT."""
 
     Config = NACLIPConfig
+    # Looked at: code, configs, README and issues of sinahmr/NACLIP at 0cac3a6. They name no other backbone.
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {
+        "ViT-B/16": {"source": "public code, configs/base_config.py and README", "values": {}}
+    }
 
     def __init__(self, clip: DenseCLIP, config: NACLIPConfig | None = None) -> None:
         super().__init__(clip, config)

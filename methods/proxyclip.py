@@ -13,7 +13,7 @@ patch are resized to one; the public code pads windows to multiples of 56.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,12 @@ class ProxyCLIP(Method):
 
     Config = ProxyCLIPConfig
     OFFLINE_OPTIONS = {"attention": "clip"}  # noqa: RUF012 (declared as a ClassVar in Method)
+    # its config names three backbones, and beta and gamma are the same for all (H/14 with laion2b_s32b_b79k)
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {
+        "ViT-B/16": {"source": "public code, configs/base_config.py", "values": {}},
+        "ViT-L/14": {"source": "public code, configs/base_config.py", "values": {}},
+        "ViT-H/14": {"source": "public code, configs/base_config.py", "values": {}},
+    }
 
     def __init__(self, clip: DenseCLIP, config: ProxyCLIPConfig | None = None) -> None:
         super().__init__(clip, config)

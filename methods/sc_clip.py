@@ -10,14 +10,14 @@ Five steps on the frozen ViT, ``X_l`` the tokens after block l (``feats[i]`` = o
 5. The sum of ``feats[3..9]`` takes the same path and is added.
 
 Deviations from the public code: any batch and any h x w (it handles one square image); distances from one Gram matrix
-instead of an N x N x C difference tensor; fewer than k + 2 patches lower k. For towers of other depth than 12 the
-block indices are scaled by depth: inferred, the paper gives none.
+instead of an N x N x C difference tensor; fewer than k + 2 patches lower k. Block indices and the share of CLS are
+published for ViT-B/16 (the code) and ViT-L/14 (its author, in an issue); elsewhere indices are scaled by depth: inferred.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor
 from ovbench.models.method import Method
 from ovbench.networks.dense_clip import DenseCLIP
 
+# Looked at for what is inferred: SC-CLIP's public code and the issues of its repository.
 METHODS = {
     "sc-clip": {
         "cls": "SCCLIP",
@@ -34,23 +35,23 @@ METHODS = {
         "protocol": "sc-clip",
     }
 }
-PUBLISHED_DEPTH = 12  # the paper's constants are for ViT-B
+SCALED_FROM = 12  # blocks of the tower whose indices are scaled to others
 
 
 @dataclass(frozen=True)
 class SCClipConfig:
-    """Constants of the public code for ViT-B/16; block indices count from 0 in a tower of 12 blocks."""
+    """Constants of the public code; None: the backbone's own, :attr:`SCCLIP.BACKBONES`. Block indices count from 0."""
 
     neighbours: int = 30  # k of the local outlier factor, in patches
     contamination: float = 0.05  # share of patches called anomalous
     beta: float = 0.4  # similarities below are cut
-    pre: int = 8  # block whose features give S
-    post: int = 3  # block whose features give S'
-    multi_first: int = 3  # first block of the multi-level sum, inclusive
-    multi_last: int = 9  # last block of the multi-level sum, inclusive
+    pre: int | None = None  # block whose features give S
+    post: int | None = None  # block whose features give S'
+    multi_first: int | None = None  # first block of the multi-level sum, inclusive
+    multi_last: int | None = None  # last block of the multi-level sum, inclusive
     sharpness: float = 3.0  # factor on S - mean(S) before its softmax
-    cls_weight: float = 0.3  # share of the CLS token added to every patch
-    scale_indices: bool = True  # inferred: scale the block indices by depth / 12 in other towers
+    cls_weight: float | None = None  # share of the CLS token added to every patch
+    scale_indices: bool | None = None  # block indices are of a tower of 12 blocks and are scaled by depth / 12
 
 
 def local_outlier_factor(x: Tensor, neighbours: int) -> Tensor:
@@ -122,11 +123,27 @@ class SCCLIP(Method):
     """SC-CLIP on any CLIP ViT."""
 
     Config = SCClipConfig
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {
+        "ViT-B/16": {
+            "source": "public code, clip/model.py and configs/base_config.py",
+            "values": {
+                "pre": 8, "post": 3, "multi_first": 3, "multi_last": 9, "cls_weight": 0.3, "scale_indices": True
+            },
+        },
+        # its multi_end_idx is exclusive: 19 there is 18 here; constants that it does not name are those of ViT-B/16
+        "ViT-L/14": {
+            "source": "its author, issue 5 of SuleBai/SC-CLIP",
+            "values": {
+                "pre": 16, "post": 6, "multi_first": 8, "multi_last": 18, "cls_weight": 0.1, "scale_indices": False
+            },
+        },
+    }  # fmt: skip
+    ELSEWHERE = "with block indices scaled by depth"
 
     def __init__(self, clip: DenseCLIP, config: SCClipConfig | None = None) -> None:
         super().__init__(clip, config)
         c = self.config
-        scale = clip.depth / PUBLISHED_DEPTH if c.scale_indices else 1.0
+        scale = clip.depth / SCALED_FROM if c.scale_indices else 1.0
         last = clip.depth - 2
         self.pre, self.post, self.first, self.last = (
             min(round(index * scale), last) for index in (c.pre, c.post, c.multi_first, c.multi_last)
@@ -137,7 +154,7 @@ class SCCLIP(Method):
         return {
             **super().options(),
             "blocks_used": {"pre": self.pre, "post": self.post, "multi": [self.first, self.last]},
-            "blocks_inferred": self.clip.depth != PUBLISHED_DEPTH,
+            "blocks_inferred": bool(self.config.scale_indices) and self.clip.depth != SCALED_FROM,
         }
 
     def features(self, images: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ the ideas; every equation here is inferred and has its switch:
   that t' = t before training. A residual module along the classes follows: r = s2 + sum_h gamma_h (A_h s2 - s2) with A_h the
   attention between pseudo-texts, gamma = 0 in the beginning; it knows no number of classes.
 * Logits fusion (``lf``): weights over s1, s2, r from p, softmax-normalised, equal in the beginning; without it they stay so.
-* Geometric ensemble (``ensemble``) with frozen CLIP: p_scn^(1-a) p_clip^a, a = .4 for words seen in training, .8 for others.
+* Geometric ensemble (``ensemble``) with frozen CLIP: p_scn^(1-a) p_clip^a, a = .4 for classes of which a word was trained, .8
+  for others; as in FC-CLIP, a class has its best word's logit before, and words are compared by their exact string.
 
 So SCN equals its base to the bit before training, and permuting the classes permutes its output.
 """
@@ -19,17 +20,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError
 from ovbench.methods.fc_clip import FCCLIP  # type: ignore[import-not-found]
 from ovbench.models.mask_method import Classified, MaskConfig, Words
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.ops.full_precision import product
 from ovbench.ops.mask_losses import LossWeights
+from ovbench.ops.masks import geometric_ensemble
 
 if TYPE_CHECKING:
     from ovbench.models.mask_method import Encoder
 
+# Looked at for what is inferred: SCN's abstract and a reading of it; no equations, tables or code are public.
 METHODS = {
     "scn": {
         "cls": "SCN",
@@ -43,11 +48,11 @@ RECIPE: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 2e-4,
     "min_lr": 1e-5,
-    "weight_decay": 0.05,  # inferred
+    "weight_decay": 0.05,  # inferred: as Mask2Former's recipes
     "schedule": "cosine",
     "iters": 20_000,
     "batch": 4,
-    "crop": 640,  # inferred
+    "crop": 640,  # inferred: as Mask2Former's recipes for ADE20K
     "resize": (2560, 640),
     "ratio_range": (1.0, 1.0),
     "cat_max_ratio": 1.0,
@@ -67,7 +72,7 @@ class SCNConfig(MaskConfig):
     dropout: float = 0.1
     class_heads: int = 4  # of the attention between classes
     class_width: int = 64
-    alpha: float = 0.4  # share of frozen CLIP in the ensemble for seen words
+    alpha: float = 0.4  # share of frozen CLIP in the ensemble for seen classes
     beta: float = 0.8  # for all others
 
 
@@ -119,7 +124,7 @@ class ClassRelations(nn.Module):
         """What is added to logits (B, M, Q), from pseudo-texts (B, Q, D)."""
         q, k = (layer(text).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k))
         attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, heads, Q, Q)
-        moved = logits[:, None] @ attention.transpose(-1, -2) - logits[:, None]
+        moved = product(logits[:, None], attention.transpose(-1, -2)) - logits[:, None]
         added: Tensor = (self.gamma[:, None, None] * moved).sum(dim=1)
         return added
 
@@ -159,25 +164,28 @@ class SCN(FCCLIP):  # type: ignore[misc]
         self.requires_grad_(False).eval()
 
     def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
-        """Calibrated logits of the words; with the ensemble, logarithms of probabilities."""
+        """Calibrated logits of the words; with the ensemble, of the classes, logarithms of what probabilities are equal to
+        but for a factor.
+        """
         with torch.no_grad():  # CLIP is frozen
             maps = self.maps(images)
-            pooled = self.embeddings(maps, masks)
+            embeddings = self.embeddings(maps, masks)
+            pooled = F.normalize(embeddings, dim=-1)
         scale, text = words.logit_scale, words.text
-        frozen = pooled @ text.T * scale
+        frozen = product(pooled, text.T) * scale
         if self.pseudo is None or self.relations is None:
-            return Classified(frozen, masks)
+            return Classified(frozen, masks, embeddings)
         change = self.pseudo(text, maps)  # (B, Q, D)
-        second = frozen + pooled @ change.transpose(1, 2) * scale
+        second = frozen + product(pooled, change.transpose(1, 2)) * scale
         third = second + self.relations(second, text + change)
         shares = pooled.new_full((*pooled.shape[:2], 3), 1 / 3) if self.gate is None else self.gate(pooled).softmax(-1)
         # the same as shares @ (frozen, second, third), and exactly the first where all are equal
         logits = frozen + shares[..., 1:2] * (second - frozen) + shares[..., 2:3] * (third - frozen)
         if not self.config.ensemble or self.training:
-            return Classified(logits, masks)
-        share = torch.where(words.seen, self.config.alpha, self.config.beta)
-        ours, clips = logits.log_softmax(dim=-1), frozen.log_softmax(dim=-1)
-        return Classified(ours + share * (clips - ours), masks)
+            return Classified(logits, masks, embeddings)
+        c = self.config
+        mixed = geometric_ensemble(words.best(logits), words.best(frozen), words.seen, c.alpha, c.beta)
+        return Classified(mixed, masks, embeddings)
 
     def trained(self, policy: str) -> list[tuple[str, list[str], float]]:
         """Everything that is not CLIP nor the generator."""

@@ -22,6 +22,10 @@ class UsageError(OvbenchError):
     exit_code = 2
 
 
+class NoBackgroundError(UsageError):
+    """Thresholds that leave pixels to a background class, where there is none."""
+
+
 class DataError(OvbenchError):
     """A dataset, image or label file that is missing, unreadable or in the wrong format."""
 
@@ -48,6 +52,12 @@ class Interrupted(OvbenchError):
 
 class OvbenchWarning(UserWarning):
     """Something that a user should know and may want to change; the command line prints it as one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str], see: str | None = None) -> UsageError:

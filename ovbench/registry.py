@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ovbench.errors import OvbenchError, OvbenchWarning, UsageError, unknown_name
+from ovbench.errors import OvbenchError, OvbenchWarning, UsageError, first_line, unknown_name
 from ovbench.paths import methods_dir, user_path
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ _BASES = {
     "ovbench.models.method.Method": ("features", "patch_logits"),
     "ovbench.models.closed_set.ClosedSetMethod": ("model_config",),
 }
+SOLVER = "discrepancy-"  # method ids of the solvers begin so
 ALIASES = {"clip-kk": "kk"}  # names that papers use
 _TOLD = ("summary", "paper", "protocol", "track")
 _RECORDED = re.compile(r"\w+:\w+")
+# What a half-written module or METHODS table raises when it is read as text.
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -99,24 +103,68 @@ def _method_table(source: str) -> dict[str, dict[str, Any]]:
 
 
 @lru_cache(maxsize=1)
-def _methods() -> dict[str, MethodInfo]:
+def _read() -> tuple[dict[str, MethodInfo], dict[str, OvbenchError]]:
+    """The methods by id, and what is wrong with modules (by file name) and entry points (by id) that cannot be read."""
     found: dict[str, MethodInfo] = {}
+    broken: dict[str, OvbenchError] = {}
     for path in sorted(methods_dir().glob("*.py")):
-        for name, fields in _method_table(path.read_text(encoding="utf-8")).items():
-            found[name] = MethodInfo(name=name, module=f"ovbench.methods.{path.stem}", **fields)
+        try:
+            table = _method_table(path.read_text(encoding="utf-8"))
+            infos = {
+                name: MethodInfo(name=name, module=f"ovbench.methods.{path.stem}", **fields)
+                for name, fields in table.items()
+            }
+        except _UNREADABLE as error:
+            broken[path.stem] = OvbenchError(f"The methods of '{path}' cannot be read: {first_line(error)}.")
+            warnings.warn(f"{broken[path.stem]} They are left out.", OvbenchWarning, stacklevel=2)
+        else:
+            found |= infos
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in found:
-            raise OvbenchError(
-                f"The installed package '{point.value}' registers a method '{point.name}', but that name is taken by "
-                f"'{found[point.name].module}'. Rename its entry point or uninstall it."
+        try:
+            if point.name in found:
+                raise OvbenchError(
+                    f"The installed package '{point.value}' registers a method '{point.name}', but that name is taken by "
+                    f"'{found[point.name].module}'. Rename its entry point or uninstall it."
+                )
+            found[point.name] = _of_entry_point(point)
+        except (OvbenchError, *_UNREADABLE) as error:
+            told = (
+                f"The method '{point.name}' of an installed package ({point.value}) cannot be read: {first_line(error)}"
             )
-        found[point.name] = _of_entry_point(point)
-    return dict(sorted(found.items()))
+            broken[point.name] = error if isinstance(error, OvbenchError) else OvbenchError(told)
+            warnings.warn(f"{broken[point.name]} It is left out.", OvbenchWarning, stacklevel=2)
+    return dict(sorted(found.items())), broken
+
+
+def _methods() -> dict[str, MethodInfo]:
+    return _read()[0]
 
 
 def method_names(track: str | None = OPEN_VOCABULARY) -> list[str]:
     """The method ids of a track, or with None of all, sorted; imports no method."""
     return [name for name, info in _methods().items() if track in (None, info.track)]
+
+
+def solver_names() -> list[str]:
+    """The discrepancy solvers, as ``--solver`` names them: ``op`` is the method ``discrepancy-op``."""
+    return [name.removeprefix(SOLVER) for name in method_names() if name.startswith(SOLVER)]
+
+
+def expand_methods(given: Iterable[str]) -> list[str]:
+    """Method ids for names of methods and of tracks, each once; ``all`` is the open-vocabulary track.
+
+    Raises:
+        UsageError: No such method.
+    """
+    found: list[str] = []
+    for name in given:
+        track = OPEN_VOCABULARY if name == "all" else name
+        if track in TRACKS:
+            found += method_names(track)
+        else:
+            method_info(name)
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def method_info(name: str) -> MethodInfo:
@@ -132,6 +180,9 @@ def method_info(name: str) -> MethodInfo:
         return _of_file(name)[0]
     methods = _methods()
     name = ALIASES.get(name, name)
+    broken = _read()[1]
+    if name in broken:
+        raise broken[name]
     if name not in methods:
         if _RECORDED.fullmatch(name):
             stem, _, cls = name.partition(":")
@@ -139,7 +190,8 @@ def method_info(name: str) -> MethodInfo:
                 f"Unknown method '{name}'. This is how a record names a method from a file: give the file's path, e.g. "
                 f"./{stem}.py:{cls}."
             )
-        raise unknown_name("method", name, methods, "ovbench list methods")
+        unknown = unknown_name("method", name, methods, "ovbench list methods")
+        raise UsageError(" ".join([str(unknown), *map(str, broken.values())]))
     return methods[name]
 
 

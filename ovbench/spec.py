@@ -9,22 +9,37 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ovbench.errors import UsageError, unknown_name
+from ovbench.errors import NoBackgroundError, UsageError, unknown_name
 from ovbench.hashing import sha256_of
 from ovbench.paths import config_dir
 
 Mode = Literal["slide", "whole"]
-DType = Literal["float32", "bfloat16", "float16"]
+DEVICES = ("cpu", "cuda", "cuda:N")
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Precisions as records name them, and how each may be written as well."""
+
+
+def long_dtype(given: Any) -> Any:
+    """The long name of a precision, "bf16" as "bfloat16"; anything else as it is."""
+    return next((name for name, short in DTYPES.items() if given == short), given)
+
+
+DType = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(long_dtype)]
 ADDED_LATER = (
     "scales",
     "flip",
     "square",
     "global_view",
+    "clip_resize",
+    "pad",
+    "object_thd",
+    "overlap_thd",
 )  # fields of Protocol that the first released records do not have
 
 
@@ -51,7 +66,7 @@ class Protocol(BaseModel):
         "bilinear to the size",
     )
     logit_scale: float = Field(40.0, gt=0, description="factor on cosine logits before the softmax over words")
-    prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: class 0 (background)")
+    prob_thd: float = Field(0.0, ge=0, le=1, description="below this winning probability: the background class")
     area_thd: float | None = Field(
         None,
         ge=0,
@@ -81,6 +96,21 @@ class Protocol(BaseModel):
         False,
         description="average the windows' probabilities with those of the whole image at the crop's size (cat-seg)",
     )
+    clip_resize: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how the image is resized to what CLIP sees beside a mask generator; no antialiasing"
+    )
+    pad: int = Field(
+        0,
+        ge=0,
+        description="mask-based: before CLIP, pad the image with its mean colour at the right and bottom to multiples of this "
+        "(of the patch where that does not divide it), as detectron2 does; 0 = resize to whole patches",
+    )
+    object_thd: float = Field(
+        0.0, ge=0, le=1, description="mask-based, panoptic: masks whose best class is not more probable are left out"
+    )
+    overlap_thd: float = Field(
+        0.8, ge=0, le=1, description="mask-based, panoptic: a mask that keeps less of its own area is dropped"
+    )
     wording: str = Field("sclip", description="named class word list of the benchmark")
     wording_sha256: str | None = Field(None, description="hash of the words used; filled in by the run")
     templates: str = Field(
@@ -91,6 +121,29 @@ class Protocol(BaseModel):
     templates_sha256: str | None = Field(
         None, description="hash of the templates, or of the words' sentences; filled in by the run"
     )
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether some pixels are left to the background."""
+        return self.prob_thd > 0 or self.area_thd is not None
+
+    def require_background(self, background: int | None, whose: str) -> None:
+        """Nothing, if no threshold is set or there is a class that it can leave pixels to.
+
+        Args:
+            background: Index of the background class; None where there is none.
+            whose: The benchmark or class list, for the message.
+
+        Raises:
+            NoBackgroundError: A threshold without a background, which would give pixels to a class that means something.
+        """
+        if background is None and self.has_thresholds:
+            given = ["--prob-thd"] * (self.prob_thd > 0) + ["--area-thd"] * (self.area_thd is not None)
+            raise NoBackgroundError(
+                f"{' and '.join(given)}: thresholds leave pixels to the background, and {whose} has no background class. "
+                "They would count for a class that means something else. Leave thresholds away here, or choose a benchmark "
+                "with a background. In a class list of your own the class called 'background' is the background."
+            )
 
     @field_validator("scales")
     @classmethod
@@ -131,7 +184,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     Args:
         name: Preset, or ``"paper"`` for the preset of ``method``.
         benchmark: Benchmark id; None gives the preset's defaults (used by ``predict``).
-        method: Method id, needed for ``"paper"``.
+        method: Method id, needed for ``"paper"``; some presets have values of their own for a baseline.
         **overrides: Fields of :class:`Protocol`; None means "not set".
 
     Raises:
@@ -147,6 +200,7 @@ def protocol(name: str, benchmark: str | None = None, *, method: str | None = No
     if name not in presets:
         raise unknown_name("protocol", name, [*presets, "paper"], "ovbench list protocols")
     fields: dict[str, Any] = {**presets[name]["defaults"], **presets[name]["benchmarks"].get(benchmark, {})}
+    fields |= presets[name].get("methods", {}).get(method, {}).get("benchmarks", {}).get(benchmark, {})
     before = Protocol(name=name, **fields)
     changed = {key: value for key, value in overrides.items() if value is not None}
     known = set(Protocol.model_fields) - {"name", "overrides"}
@@ -175,6 +229,12 @@ class RunSpec(BaseModel):
     arch: str | None = Field(None, description="open_clip architecture; None until read from an OpenAI-format file")
     weights: str = Field("openai", description="open_clip tag, hf-hub:org/name, 'random', 'builtin', or a file's name")
     dtype: DType = Field("float32", description="precision of the network; softmax and accumulation stay float32")
+    arithmetic: int = Field(
+        1,
+        ge=1,
+        description="version of what a method computes in which precision, where dtype is not float32; filled in by the run; 2: "
+        "products of features and words are float32",
+    )
     device: str = Field("cpu", description="cpu or cuda (index left out)")
     weights_sha256: str | None = Field(None, description="hash of the weights used; filled in by the run")
     activation: Literal["auto", "gelu", "quickgelu"] = Field(
@@ -223,13 +283,15 @@ class RunSpec(BaseModel):
     def spec_hash(self) -> str:
         """sha256 over the canonical JSON of all fields: equal hashes are the same run.
 
-        Fields of the protocol that came later count only where they differ from their default, which is what was done
-        before they existed: so a run keeps its hash.
+        Fields that came later count only where they differ from their default, which is what was done before they existed:
+        so a run keeps its hash.
         """
         content = self.model_dump(mode="json")
         for name in ADDED_LATER:
             if getattr(self.protocol, name) == Protocol.model_fields[name].default:
                 del content["protocol"][name]
+        if self.arithmetic == 1:
+            del content["arithmetic"]
         return sha256_of(content)
 
 
@@ -250,3 +312,17 @@ def validated(model: type[Any], fields: dict[str, Any]) -> Any:
             where = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-") if item["loc"] else "spec"
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (given: {_SHORT.repr(item['input'])})")
         raise UsageError("; ".join(lines)) from None
+
+
+def flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
+    """Settings as they are typed: ``dtype=bfloat16`` as ``--dtype=bfloat16``, ``flip=false`` as ``--no-flip``."""
+    found = []
+    for key, value in chosen:
+        name = key.replace("_", "-")
+        if key.startswith("option."):
+            found += ["--option", f"{key.removeprefix('option.')}={value}"]
+        elif value in {"true", "false"}:
+            found.append(f"--{name}" if value == "true" else f"--no-{name}")
+        else:
+            found.append(f"--{name}={value}")
+    return found

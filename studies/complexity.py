@@ -14,17 +14,17 @@ Everything is counted on torch's meta device: no weights, no memory, any machine
 For CLIP also `linear + last`: linear and the attention products of one block of twelve, as counters see it that know
 matrix products but no fused kernel, where a method writes the last block's attention out.
 
-Needs diffusers and transformers: pip install 'ovbench[sd2]'.
+Needs diffusers: pip install 'ovbench[sd2]'.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ovbench.measure.flops import count, tool
 from ovbench.networks.attention_sd2_weights import PROMPT_TOKENS, TEXT, UNET, VAE
+from study import comma, markdown, parser, size, write
 
 # The rows of the paper (arXiv 2604.07723) that are looked for, in 10^9 and 10^6.
 PAPER_GIGA = {"CLIP B/16": 52.2, "mv": 339.2, "op": 351.3}
@@ -136,9 +137,9 @@ def voc_mean(visual: Any, folder: Path, short_side: int = 336) -> Cost:
     return Cost(VISION, f"mean of {sizes.total()} VOC val images, short side {short_side}", **means)
 
 
-def clip_costs(clip: Any, voc: Path | None) -> Iterator[Cost]:
+def clip_costs(clip: Any, sizes: Sequence[tuple[int, int]], voc: Path | None) -> Iterator[Cost]:
     """The vision tower at every size, and the text tower for one word."""
-    for h, w in CLIP_SIZES:
+    for h, w in sizes:
         yield vision_cost(clip.visual, h, w)
     if voc:
         yield voc_mean(clip.visual, voc)
@@ -146,11 +147,11 @@ def clip_costs(clip: Any, voc: Path | None) -> Iterator[Cost]:
     yield cost("CLIP B/16 text", "1 word", clip, lambda: clip.encode_text(words))
 
 
-def sd2_costs(unet: Any, vae: Any, text: Any) -> Iterator[Cost]:
+def sd2_costs(unet: Any, vae: Any, text: Any, sizes: Sequence[tuple[int, int]]) -> Iterator[Cost]:
     """UNet and VAE encoder at every size, and the text encoder, which runs once per load."""
     prompt = torch.zeros(1, PROMPT_TOKENS, TEXT["hidden_size"], device="meta")
     step = torch.zeros((), device="meta")
-    for h, w in SD2_SIZES:
+    for h, w in sizes:
         latents = torch.zeros(1, 4, h // 8, w // 8, device="meta")
         image = torch.zeros(1, 3, h, w, device="meta")
         yield cost("SD 2 UNet", f"{h} x {w}", unet, lambda x=latents: unet(x, step, prompt))  # type: ignore[misc]
@@ -206,7 +207,7 @@ def clip_candidates(costs: list[Cost]) -> dict[str, float]:
 
 def sd2_candidates(costs: list[Cost]) -> dict[str, float]:
     """UNet alone, with the VAE encoder, with CLIP at 336 x 448, every convention; MAC."""
-    [clip] = [c for c in costs if c.part == VISION and c.input == "336 x 448"]
+    clip = next(c for c in reversed(costs) if c.part == VISION and c.input in ("336 x 448", costs[0].input))
     encoders = {c.input: c for c in costs if c.part == "SD 2 VAE encoder"}
     found = {}
     for c, how in itertools.product([c for c in costs if c.part == "SD 2 UNet"], CONVENTIONS):
@@ -225,27 +226,29 @@ def parameter_candidates(params: dict[str, float]) -> dict[str, float]:
     for unet, clip in itertools.product(
         ("SD 2 UNet", "SD 1.x UNet"), ("CLIP B/16", "CLIP B/16 vision", "CLIP B/16 text")
     ):
-        for size in range(len(optional) + 1):
-            for more in itertools.combinations(optional, size):
+        for many in range(len(optional) + 1):
+            for more in itertools.combinations(optional, many):
                 found[" + ".join((clip, unet, *more))] = sum(params[name] for name in (clip, unet, *more))
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the unrounded figures here")
-    parser.add_argument("--voc", type=Path, help="folder VOC2012 with ImageSets and JPEGImages")
-    options = parser.parse_args()
-    import diffusers
-    import transformers
+    cli = parser(__doc__)
+    cli.add_argument("--json", type=Path, help="write the unrounded figures here")
+    cli.add_argument("--voc", type=Path, help="folder VOC2012 with ImageSets and JPEGImages")
+    cli.add_argument("--clip-sizes", type=comma(size), default=CLIP_SIZES, help="HxW, comma-separated; the paper's")
+    cli.add_argument("--sd2-sizes", type=comma(size), default=SD2_SIZES, help="likewise of Stable Diffusion 2")
+    options = cli.parse_args(argv)
+    diffusers: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
 
     clip = clip_on_meta()
     with torch.device("meta"):
         unet, vae = diffusers.UNet2DConditionModel(**UNET).eval(), diffusers.AutoencoderKL(**VAE).eval()
         unet_sd1 = diffusers.UNet2DConditionModel(**UNET_SD1)
         text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)).eval()
-    costs = [*clip_costs(clip, options.voc), *sd2_costs(unet, vae, text)]
+    costs = [*clip_costs(clip, options.clip_sizes, options.voc), *sd2_costs(unet, vae, text, options.sd2_sizes)]
     params = parameters(clip, unet, vae, text, unet_sd1)
     fits = {
         "CLIP B/16, 52.2 G": nearest(PAPER_GIGA["CLIP B/16"], clip_candidates(costs)),
@@ -255,17 +258,17 @@ def main() -> None:
         "op and mv, 1006.8 M": nearest(PAPER_PARAMS_M["op, mv"], parameter_candidates(params)),
     }
     wasted = after_last_attention(unet)
-    print(f"{tool()}; diffusers {diffusers.__version__}\n\n| part | parameters M |\n|---|---|")
-    print("\n".join(f"| {name} | {value:.3f} |" for name, value in params.items()))
-    print("\n| part | input | GMAC all | linear | modules |\n|---|---|---|---|---|")
-    print("\n".join(f"| {c.part} | {c.input} | {c.all:.2f} | {c.linear:.2f} | {c.modules:.2f} |" for c in costs))
+    print(f"{tool()}; diffusers {diffusers.__version__}\n")
+    write(markdown(["part", "parameters M"], [(name, f"{value:.3f}") for name, value in params.items()]), None)
+    print()
+    write(markdown(["part", "input", "GMAC all", "linear", "modules"], [astuple(c) for c in costs]), None)
     print(f"\nUNet behind its last self-attention at 512 x 512: {wasted:.2f} GMAC")
     for name, rows in fits.items():
-        print(f"\n| the paper's {name} | ours | ours / paper - 1 |\n|---|---|---|")
-        print("\n".join(f"| {what} | {value:.2f} | {100 * off:+.2f} % |" for what, value, off in rows))
+        shown = [(what, value, f"{100 * off:+.2f} %") for what, value, off in rows]
+        print("", *markdown([f"the paper's {name}", "ours", "ours / paper - 1"], shown), sep="\n")
     if options.json:
         content = {"tool": tool(), "costs": [asdict(c) for c in costs], "params_m": params, "fits": fits}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write([json.dumps(content, indent=1)], options.json)
 
 
 if __name__ == "__main__":

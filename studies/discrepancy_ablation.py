@@ -14,12 +14,11 @@ Damaged labels are not CLIP's logits. With weights and data at hand, another sou
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.benchmarks import get
-from ovbench.networks.attention import AttentionSource, load_source
+from ovbench.networks.attention import AttentionSource, load_source, source_names
+from ovbench.networks.clip_weights import load_clip
 from ovbench.ops.areas import areas
 from ovbench.ops.discrepancy import (
     REJECTED,
@@ -41,6 +41,7 @@ from ovbench.ops.discrepancy import (
 )
 from ovbench.ops.jbu import jbu
 from ovbench.pictures import read_rgb
+from study import parser, write
 
 HOLD_BACK = 3  # every third image
 BLUR = 5  # side in patches of the noise model's box blur
@@ -342,30 +343,32 @@ def table(grid: Grid, chosen: list[Row], seeds: Iterable[int], held_back: bool, 
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the grid and the held-back images, and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs=3, action="append", required=True, metavar=("NAME", "ROOT", "IMAGES"))
-    parser.add_argument("--attention", default="dinov2-s14", help="attention source")
-    parser.add_argument("--attention-weights", help="a file, or random; default: the published ones")
-    parser.add_argument("--source", choices=sorted(SOURCES), default="damaged-labels", help="where logits come from")
-    parser.add_argument("--short-side", type=int, default=378, help="of the attention's input, in pixels")
-    parser.add_argument(
-        "--shrink", type=int, default=1, help="compare every n-th pixel of the labels' rows and columns"
+    cli = parser(__doc__)
+    cli.add_argument("--data", nargs=3, action="append", required=True, metavar=("NAME", "ROOT", "IMAGES"))
+    cli.add_argument("--attention", choices=source_names(), default="dinov2-s14", help="attention source")
+    cli.add_argument("--attention-weights", help="a file, or random; default: the published ones")
+    cli.add_argument(
+        "--weights", default="openai", help="of CLIP, for --attention clip: a tag, a file, builtin, random"
     )
-    parser.add_argument("--scale", type=float, default=8.0, help="logit scale; a class that fills a patch has logit 1")
-    parser.add_argument("--seeds", type=int, default=3, help="of the held-back images; the grid has one, 0")
-    parser.add_argument(
+    cli.add_argument("--source", choices=sorted(SOURCES), default="damaged-labels", help="where logits come from")
+    cli.add_argument("--short-side", type=int, default=378, help="of the attention's input, in pixels")
+    cli.add_argument("--shrink", type=int, default=1, help="compare every n-th pixel of the labels' rows and columns")
+    cli.add_argument("--scale", type=float, default=8.0, help="logit scale; a class that fills a patch has logit 1")
+    cli.add_argument("--seeds", type=int, default=3, help="of the held-back images; the grid has one, 0")
+    cli.add_argument(
         "--groups", help="only these groups of the grid: comma-separated beginnings of their names, or none"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for grid.md and grid.csv")
-    args = parser.parse_args()
+    cli.add_argument("--out", type=Path, required=True, help="folder for grid.md and grid.csv")
+    args = cli.parse_args(argv)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     start = time.monotonic()
-    source = load_source(args.attention, args.attention_weights)
+    clip = load_clip(args.weights) if args.attention == "clip" else None
+    source = load_source(args.attention, args.attention_weights, clip=clip)
     pictures = list(
         load([(name, root, int(count)) for name, root, count in args.data], source, args.short_side, args.shrink)
     )
@@ -376,13 +379,12 @@ def main() -> None:
     asked = [row for row in rows() if row.group.startswith(wanted)]
     choosing = table(grid, asked, [0], False, say)
     final = table(grid, final_rows(), range(1, 1 + args.seeds), True, say)
-    args.out.mkdir(parents=True, exist_ok=True)
     heading = f"labels at 1/{args.shrink}, attention {source.name} ({source.weights}), logits {args.source}, scale {args.scale:g}"
     parts = [heading]
     if asked:
         parts.append(f"### Choosing: {len(pictures) - held} images, one seed\n\n{choosing}")
     parts.append(f"### Held back: {held} images, {args.seeds} other seeds\n\n{final}")
-    (args.out / "grid.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write(["\n\n".join(parts)], args.out / "grid.md")
     with (args.out / "grid.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(grid.figures[0]))
         writer.writeheader()

@@ -8,57 +8,53 @@ demo is generated scenes and a CLIP trained on such: a check of the pipeline, no
 
 from __future__ import annotations
 
-import argparse
+import statistics
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ovbench.benchmarks import names
 from ovbench.evaluate import run
+from study import markdown, parser
 
 BASES = ("clip", "kk", "sc-clip")
 SOLVERS = ("kl", "propagate", "op", "mv")
 
 
-def miou(method: str, dataset: str, results: Path, options: dict[str, Any], protocol: dict[str, Any]) -> float:
+def miou(spec: dict[str, Any], results: Path) -> float:
     """The demo's mIoU in percent."""
-    spec = {
-        "method": method,
-        "dataset": dataset,
-        "weights": "builtin",
-        "demo": True,
-        "method_options": options,
-        "protocol": {"name": "direct-seg", **protocol},
-    }
-    metrics = run(spec, results=results, workers=0, gallery=0).metrics
+    metrics = run({"weights": "builtin", "demo": True, **spec}, results=results, workers=0, gallery=0).metrics
     assert metrics is not None and metrics.miou is not None  # a run that did not finish has raised
     return metrics.miou
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs every row and prints a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=names(), action="append", help="default: all")
-    parser.add_argument("--base", action="append", help=f"default: {', '.join(BASES)}")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the solvers")
-    a = parser.parse_args()
+    cli = parser(__doc__)
+    cli.add_argument("--dataset", choices=names(), action="append", help="default: all")
+    cli.add_argument("--base", action="append", help=f"default: {', '.join(BASES)}")
+    cli.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the solvers")
+    cli.add_argument("--limit", type=int, help="only the first N images")
+    a = cli.parse_args(argv)
     given = dict(pair.split("=", 1) for pair in a.option)
     datasets = a.dataset or names()
-    print(f"| base | solver | {' | '.join(datasets)} | mean |\n|---|---|{'---|' * (len(datasets) + 1)}", flush=True)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for base in a.base or BASES:
-            rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-                ("none, bilinear", base, {}, {"upsample": "bilinear"}),
-                ("none", base, {}, {}),
-            ]
-            rows += [
-                (solver, f"discrepancy-{solver}", {"base": base, "attention": "clip", **given}, {})
-                for solver in SOLVERS
-            ]
-            for row, method, options, protocol in rows:
-                found = [miou(method, dataset, Path(folder), options, protocol) for dataset in datasets]
-                cells = " | ".join(f"{value:.2f}" for value in [*found, sum(found) / len(found)])
-                print(f"| {base} | {row} | {cells} |", flush=True)
+            own = {"base": base, "attention": "clip", **given}
+            settings: dict[str, dict[str, Any]] = {
+                "none, bilinear": {"method": base, "protocol": {"name": "direct-seg", "upsample": "bilinear"}},
+                "none": {"method": base, "protocol": {"name": "direct-seg"}},
+                **{solver: {"method": f"discrepancy-{solver}", "method_options": own,
+                            "protocol": {"name": "direct-seg"}} for solver in SOLVERS},
+            }  # fmt: skip
+            for solver, spec in settings.items():
+                found = [miou({"dataset": name, "limit": a.limit, **spec}, Path(folder)) for name in datasets]
+                rows.append([base, solver, *found, statistics.fmean(found)])
+                print(*rows[-1], file=sys.stderr, flush=True)
+    print("\n".join(markdown(["base", "solver", *datasets, "mean"], rows)))
 
 
 if __name__ == "__main__":

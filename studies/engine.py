@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +24,23 @@ from torch import Tensor
 
 from ovbench.measure.environment import environment
 from ovbench.models.patch_model import OpenVocabModel
-from ovbench.models.windowed import DTYPES
-from ovbench.networks.clip_weights import load_clip
 from ovbench.ops.windows import windows
-from ovbench.registry import method_class
-from ovbench.spec import protocol
+from ovbench.spec import DType
+from study import (
+    added_mib,
+    in_fresh_process,
+    in_turns,
+    markdown,
+    median,
+    noise_image,
+    parser,
+    random_model,
+    size,
+    write,
+)
 
-CASES = {
+Case = tuple[tuple[int, int], int, tuple[int, int]]  # image, words, label
+CASES: dict[str, Case] = {
     "336x448:150": ((336, 448), 150, (512, 683)),
     "448x597:171": ((448, 597), 171, (480, 640)),
     "336x448:847": ((336, 448), 847, (512, 683)),
@@ -42,15 +48,15 @@ CASES = {
 }
 
 
-def straightforward(model: OpenVocabModel, image: Tensor, size: tuple[int, int]) -> Tensor:
+def straightforward(model: Any, image: Tensor, size: tuple[int, int]) -> Tensor:
     """Label map (H, W) of one image (3, h, w) as first written: one window per forward, everything at full size."""
     p, method, clip = model.protocol, model.method, model.clip
     h, w = image.shape[-2:]
     q = len(model.query_words)
-    preds, count = torch.zeros(1, q, h, w), torch.zeros(1, 1, h, w)
+    preds, count = (torch.zeros(1, channels, h, w, device=image.device) for channels in (q, 1))
     normalised = clip.normalise(image[None])
     for top, left, bottom, right in windows(h, w, p.crop, p.stride):
-        with model._precision():
+        with model.precision():
             features = straightforward_features(method, normalised[:, :, top:bottom, left:right])
         features = F.normalize(features.float(), dim=-1)
         logits = (features @ model.text.T).permute(0, 3, 1, 2)
@@ -62,10 +68,11 @@ def straightforward(model: OpenVocabModel, image: Tensor, size: tuple[int, int])
     classes = F.one_hot(model.word_class).T.view(model.num_classes, q, 1, 1)
     if model.num_classes != q:
         probs = (probs[None] * classes).max(1)[0]
-    return probs.argmax(0)
+    labels: Tensor = probs.argmax(0)
+    return labels
 
 
-def straightforward_features(method: torch.nn.Module, images: Tensor) -> Tensor:
+def straightforward_features(method: Any, images: Tensor) -> Tensor:
     """SC-CLIP's dense features with distances from a broadcast N x N x C difference and a loop over outliers."""
     c, clip = method.config, method.clip
     deep = clip.depth - 2
@@ -105,129 +112,90 @@ def straightforward_features(method: torch.nn.Module, images: Tensor) -> Tensor:
     def last(patches: Tensor, cls: Tensor) -> Tensor:
         _, k, v = clip.qkv(patches[None])
         kk = (k @ k.transpose(-1, -2) / k.shape[-1] ** 0.5).softmax(-1)
-        return clip.merge_heads(((kk + attention) / 2) @ v)[0] + c.cls_weight * cls
+        mixed: Tensor = clip.merge_heads(((kk + attention) / 2) @ v)[0] + c.cls_weight * cls
+        return mixed
 
     out = shallow @ last(gather @ mend(x), feats[deep][0, 0])
     levels = sum(feats[i][0] for i in range(method.first, method.last + 1))
     out = out + shallow @ last(levels[1:], levels[0])
-    return clip.project(out).view(1, h, w, -1)
+    dense: Tensor = clip.project(out).view(1, h, w, -1)
+    return dense
 
 
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median wall time in milliseconds after one warm-up call."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+def case_of(text: str) -> Case:
+    """A case of :data:`CASES`, or any ``HxW:WORDS``, whose label has the image's size."""
+    if text in CASES:
+        return CASES[text]
+    image, _, words = text.partition(":")
+    return size(image), int(words), size(image)
 
 
-def build(words: int, dtype: str, crop: int = 224) -> OpenVocabModel:
-    """SC-CLIP on a random ViT-B/16 with ``words`` one-word classes; text embeddings random, they cost nothing here."""
-    clip = load_clip("random", "ViT-B-16")
-    model = OpenVocabModel(
-        method_class("sc-clip").build(clip), ["a"], protocol("sc-clip", templates="plain", crop=crop), dtype=dtype
-    )
-    generator = torch.Generator().manual_seed(0)
-    model.text = F.normalize(torch.randn(words, clip.embed_dim, generator=generator), dim=-1)
-    model.word_class = torch.arange(words)
-    model.query_words, model.words = ["a"] * words, [["a"]] * words
-    return model
+def built(a: argparse.Namespace, case: str, dtype: DType) -> tuple[OpenVocabModel, Tensor, tuple[int, int]]:
+    """SC-CLIP, the case's image and its label's size."""
+    image, words, label = case_of(case)
+    model = random_model("sc-clip", words, "sc-clip", weights=a.weights, device=a.device, dtype=dtype)
+    return model, noise_image(*image, device=a.device), label
 
 
-def measure(case: str, dtype: str, repeats: int) -> dict[str, object]:
+@torch.inference_mode()
+def measure(a: argparse.Namespace, case: str, dtype: DType) -> dict[str, Any]:
     """Medians and ratios of one case at one precision."""
-    size, words, label = CASES[case]
-    model = build(words, dtype)
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    boxes = windows(*size, model.protocol.crop, model.protocol.stride)
-    crops = torch.stack([image[:, t:b, u:r] for t, u, b, r in boxes])
-    batch = model.clip.normalise(crops)
-    precise = nullcontext() if dtype == "float32" else torch.autocast("cpu", dtype=DTYPES[dtype])
+    model, image, label = built(a, case, dtype)
+    height, width = image.shape[-2:]
+    boxes = windows(height, width, model.protocol.crop, model.protocol.stride)
+    batch = model.clip.normalise(torch.stack([image[:, t:b, u:r] for t, u, b, r in boxes]))
 
     def plain() -> None:
-        with precise:
-            model.clip.clip.visual(batch)
+        with model.precision():
+            model.clip.visual(batch)
 
-    with torch.inference_mode():
-        agreement = (model.predict_labels([image], [label])[0] == straightforward(model, image, label)).double().mean()
-        times = {
-            "plain": median_ms(plain, repeats),
-            "ours": median_ms(lambda: model.predict_labels([image], [label]), repeats),
-            "straightforward": median_ms(lambda: straightforward(model, image, label), repeats),
-        }
+    steps: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "ours": lambda: model.predict_labels([image], [label])[0],
+        "straightforward": lambda: straightforward(model, image, label),
+    }
+    agreement = (model.predict_labels([image], [label])[0] == straightforward(model, image, label)).double().mean()
+    times = {name: median(samples) for name, samples in in_turns(steps, a.repeats, a.device).items()}
     return {
         "case": case,
         "dtype": dtype,
         "windows": len(boxes),
-        "repeats": repeats,
+        "repeats": a.repeats,
         **{f"{name}_ms": value for name, value in times.items()},
         "ours_over_plain": times["ours"] / times["plain"],
         "straightforward_over_ours": times["straightforward"] / times["ours"],
         "straightforward_over_plain": times["straightforward"] / times["plain"],
-        "label_agreement": float(agreement),
+        "label_agreement_percent": 100 * float(agreement),
     }
 
 
-def peak_mib(case: str, dtype: str, which: str) -> float:
-    """Peak resident memory in MiB that one image adds to a fresh process with the model loaded."""
-    code = (
-        "import sys, resource, torch; sys.path.insert(0, sys.argv[1]); import engine\n"
-        "size, words, label = engine.CASES[sys.argv[2]]; model = engine.build(words, sys.argv[3])\n"
-        "image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)\n"
-        "small = image[:, :224, :224]\n"
-        "run = (lambda x, s: engine.straightforward(model, x, s)) if sys.argv[4] == 'straightforward' else "
-        "(lambda x, s: model.predict_labels([x], [s]))\n"
-        "torch.inference_mode().__enter__()\n"
-        "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
-        "open('/proc/self/clear_refs', 'w').write('5'); run(image, label)\n"
-        "peak = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')][0] * 1024\n"
-        "print((peak - now) / 2**20)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), case, dtype, which],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout)
+@torch.inference_mode()
+def peak_mib(a: argparse.Namespace, case: str, dtype: DType, which: str) -> float | None:
+    """Peak memory in MiB that one image adds with the model loaded."""
+    model, image, label = built(a, case, dtype)
+    if which == "ours":
+        return added_mib(lambda: model.predict_labels([image], [label]), a.device)
+    return added_mib(lambda: straightforward(model, image, label), a.device)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures the chosen cases and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: both")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", action="store_true", help="also peak memory, in fresh processes (Linux)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
+    cli = parser(__doc__, speed=True, repeats=5)
+    cli.add_argument("--case", action="append", help=f"HxW:WORDS; default: {', '.join(CASES)}")
+    cli.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: both")
+    cli.add_argument("--memory", action="store_true", help="also peak memory, in fresh processes (Linux, or a GPU)")
+    cli.add_argument("--json", type=Path, help="write the figures to this file")
+    a = cli.parse_args(argv)
     results = []
-    print(
-        f"{'case':14} {'dtype':9} {'plain ms':>9} {'ours ms':>9} {'straight ms':>11} "
-        f"{'ours/plain':>10} {'straight/ours':>13} {'straight/plain':>14} {'agree %':>8}"
-    )
-    for case in arguments.case or CASES:
-        for dtype in arguments.dtype or ["float32", "bfloat16"]:
-            found = measure(case, dtype, arguments.repeats)
-            if arguments.memory:
-                for which in ("ours", "straightforward"):
-                    found[f"{which}_peak_mib"] = peak_mib(case, dtype, which)
+    for case in a.case or CASES:
+        for dtype in a.dtype or ["float32", "bfloat16"]:
+            found = measure(a, case, dtype)
+            for which in ("ours", "straightforward") if a.memory else ():
+                found[f"{which}_peak_mib"] = in_fresh_process(peak_mib, a, case, dtype, which)
             results.append(found)
-            print(
-                f"{case:14} {dtype:9} {found['plain_ms']:9.0f} {found['ours_ms']:9.0f} {found['straightforward_ms']:11.0f} "
-                f"{found['ours_over_plain']:10.2f} {found['straightforward_over_ours']:13.2f} "
-                f"{found['straightforward_over_plain']:14.2f} {100 * found['label_agreement']:8.3f}"
-                + (
-                    f"   peak MiB ours {found['ours_peak_mib']:.0f}, straightforward {found['straightforward_peak_mib']:.0f}"
-                    if arguments.memory
-                    else ""
-                ),
-                flush=True,
-            )
-    if arguments.json:
-        content = {"environment": environment("cpu"), "results": results}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(markdown(list(results[0]), [list(found.values()) for found in results])))
+    if a.json:
+        write([json.dumps({"environment": environment(a.device), "results": results}, indent=2)], a.json)
 
 
 if __name__ == "__main__":

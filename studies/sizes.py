@@ -6,55 +6,50 @@ python studies/sizes.py --method sc-clip --arch ViT-B-16 --mode whole
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
+from collections.abc import Sequence
 
-SIZES = (336, 448, 672, 1024)
-CODE = """
-import json, resource, statistics, sys, time, torch
-from ovbench.models.build import build_model
-method, arch, mode, dtype, short, words, repeats = sys.argv[1:8]
-model = build_model(method, classes=[f"class {i}" for i in range(int(words))], weights="random", arch=arch, mode=mode,
-                    dtype=dtype, protocol="common", templates="plain")
-h, w = int(short), int(short) * 4 // 3
-image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-open("/proc/self/clear_refs", "w").write("5")
-times = []
-for _ in range(int(repeats) + 1):
-    start = time.perf_counter()
-    model.predict_labels([image], [(h, w)])
-    times.append(time.perf_counter() - start)
-peak = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024
-print(json.dumps({"size": [h, w], "seconds": statistics.median(times[1:]), "extra_mib": (peak - before) / 2**20}))
-"""
+import torch
+
+from study import added_mib, comma, in_fresh_process, in_turns, markdown, median, noise_image, parser, random_model
 
 
-def main() -> None:
+@torch.inference_mode()
+def one(a: argparse.Namespace, side: int) -> tuple[float, float | None]:
+    """Median milliseconds, and peak memory in MiB that an image adds, of a 4:3 image with this short side."""
+    model = random_model(
+        a.method, a.words, "common", weights=a.weights, arch=a.arch, device=a.device, dtype=a.dtype, mode=a.mode
+    )
+    image = noise_image(side, side * 4 // 3, a.device)
+
+    def step() -> object:
+        return model.predict_labels([image], [(side, side * 4 // 3)])
+
+    peak = added_mib(step, a.device)
+    return median(in_turns({"": step}, a.repeats, a.device)[""]), peak
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures every size and prints the growth from one to the next as an exponent of the pixel count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="sc-clip")
-    parser.add_argument("--arch", default="ViT-B-16")
-    parser.add_argument("--mode", default="whole", choices=["whole", "slide"])
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--words", default="150")
-    parser.add_argument("--repeats", default="3")
-    a = parser.parse_args()
-    print(f"{a.method}, {a.arch}, {a.mode}, {a.dtype}, {a.words} words")
-    print(f"{'input':>10} {'seconds':>8} {'extra MiB':>9}   growth per pixel: time, memory")
-    last = None
-    for short in SIZES:
-        command = [sys.executable, "-c", CODE, a.method, a.arch, a.mode, a.dtype, str(short), a.words, a.repeats]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        line = f"{found['size'][0]:5d}x{found['size'][1]:<4d} {found['seconds']:8.2f} {found['extra_mib']:9.0f}"
-        if last:
-            pixels = math.log(math.prod(found["size"]) / math.prod(last["size"]))
-            line += f"   pixels^{math.log(found['seconds'] / last['seconds']) / pixels:.2f}"
-            line += f", pixels^{math.log(found['extra_mib'] / last['extra_mib']) / pixels:.2f}"
-        print(line, flush=True)
-        last = found
+    cli = parser(__doc__, speed=True)
+    cli.add_argument("--method", default="sc-clip")
+    cli.add_argument("--arch", default="ViT-B-16")
+    cli.add_argument("--mode", default="whole", choices=["whole", "slide"])
+    cli.add_argument("--dtype", default="float32")
+    cli.add_argument("--words", type=int, default=150)
+    cli.add_argument("--sizes", type=comma(int), default=[336, 448, 672, 1024], help="short sides, comma-separated")
+    a = cli.parse_args(argv)
+    found = {side: in_fresh_process(one, a, side) for side in a.sizes}
+    rows: list[list[object]] = []
+    for side, before in zip(a.sizes, [None, *a.sizes], strict=False):
+        grown: list[str | None] = [None, None]
+        if before:
+            pixels = math.log((side / before) ** 2)
+            pairs = zip(found[side], found[before], strict=True)
+            grown = [f"pixels^{math.log(new / old) / pixels:.2f}" if new and old else None for new, old in pairs]
+        rows.append([f"{side} x {side * 4 // 3}", *found[side], *grown])
+    print(f"{a.method}, {a.arch}, {a.mode}, {a.dtype}, {a.words} words, {a.device}\n")
+    print("\n".join(markdown(["input", "ms", "extra MiB", "growth of time", "of memory"], rows)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ or a little later. SIGKILL goes to the process that evaluates, so its reader out
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -22,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ovbench.results import image_areas, store
+from study import comma, parser
 
 RUN = ["run", "--demo", "-m", "clip", "-d", "voc21", "--device", "cpu", "--gallery", "2"]
 RUN += ["--short-side", "112", "--crop", "112", "--stride", "112", "--window-batch", "2"]
@@ -34,17 +35,8 @@ IMAGES = 24
 
 def start(results: Path, *more: str, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """A run in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        *launch,
-        *(("-m",) if launch else ()),
-        "ovbench",
-        *RUN,
-        "--results",
-        str(results),
-        *more,
-    ]
+    modules = ("-m", *launch, "-m", "ovbench") if launch else ("-m", "ovbench")
+    command = [sys.executable, *modules, *RUN, "--results", str(results), *more]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -77,14 +69,14 @@ def finished(results: Path) -> int:
     return len(found)
 
 
-def areas(results: Path) -> list[tuple[str, list[int], list[int], list[int]]]:
+def areas(results: Path) -> list[tuple[Any, ...]]:
     """Name and areas of every image of the one record in a folder."""
     [record] = store.load_all(results)
     if record.status != "ok":
         sys.exit(f"the run ended {record.status}: {record.reason}")
     found = image_areas.read(image_areas.path_beside(store.record_path(record, results)), record)
     tables = (found.intersect, found.pred, found.label)
-    return [(name, *(table[row].tolist() for table in tables)) for row, name in enumerate(found.names)]  # type: ignore[misc]
+    return [(name, *(table[row].tolist() for table in tables)) for row, name in enumerate(found.names)]
 
 
 def compare(what: str, results: Path, expected: object) -> None:
@@ -92,7 +84,10 @@ def compare(what: str, results: Path, expected: object) -> None:
     if areas(results) != expected:
         sys.exit(f"{what}: areas DIFFER, see {results}")
     left = [path.name for path in results.rglob("*") if ".rank" in path.name or path.suffix in (".tmp", ".part")]
-    print(f"{what}: areas of {IMAGES} images identical" + (f"; left over: {left}" if left else ""), flush=True)
+    print(
+        f"{what}: areas of {len(areas(results))} images identical" + (f"; left over: {left}" if left else ""),
+        flush=True,
+    )
 
 
 def end(process: subprocess.Popen[str], what: str) -> None:
@@ -177,21 +172,21 @@ def dead_process(work: Path, expected: object) -> None:
     compare("resumed by one process", results, expected)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--worlds", default="1,2,3,5", help="numbers of processes; empty for none")
-    parser.add_argument("--no-dead", action="store_true", help="leave the dead process out")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    cli = parser(__doc__)
+    cli.add_argument("--kills", type=int, default=50)
+    cli.add_argument("--worlds", type=comma(int), default=[1, 2, 3, 5], help="numbers of processes; empty for none")
+    cli.add_argument("--no-dead", action="store_true", help="leave the dead process out")
+    cli.add_argument("--seed", type=int, default=0)
+    a = cli.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="ovbench-survival-") as folder:
         work = Path(folder)
         os.environ["OVBENCH_CACHE"] = str(work / "cache")
         end(start(work / "whole"), "the undisturbed run")
         expected = areas(work / "whole")
-        worlds(work, [int(count) for count in a.worlds.split(",") if count], expected)
+        worlds(work, a.worlds, expected)
         if not a.no_dead:
             dead_process(work, expected)
         for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"):

@@ -20,7 +20,8 @@ from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.attention import AttentionSource, ClipSource, TransformerSource, load_source, source_names
 from ovbench.networks.attention_base import to_whole_patches
-from ovbench.networks.attention_vit import IMAGENET_MEAN, IMAGENET_STD, VITS, ViTSource
+from ovbench.networks.attention_names import VITS
+from ovbench.networks.attention_vit import IMAGENET_MEAN, IMAGENET_STD, ViTSource
 from ovbench.networks.clip_weights import load_clip
 from ovbench.networks.dense_clip import DenseCLIP
 

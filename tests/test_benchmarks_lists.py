@@ -314,14 +314,12 @@ def test_adding_a_benchmark_takes_a_config_and_a_word_list(tmp_path: Path, monke
         "wordings": {"sclip": [["wall", "floor"], ["cat", "kitten"]]},
     }
     (tmp_path / "words" / "pets.json").write_text(json.dumps(words), encoding="utf-8")
-    monkeypatch.setattr(benchmarks, "config_dir", lambda: tmp_path)
-    benchmarks._configs.cache_clear()
+    monkeypatch.setattr(benchmarks.catalog, "config_dir", lambda: tmp_path)
     benchmarks.get.cache_clear()
     try:
         assert benchmarks.names() == ["pets"]
         assert benchmarks.get("pets").words("sclip")[1] == ["cat", "kitten"]
     finally:
         monkeypatch.undo()
-        benchmarks._configs.cache_clear()
         benchmarks.get.cache_clear()
     assert tuple(benchmarks.names()) == ALL

@@ -157,7 +157,7 @@ def _compare(*arguments: str) -> Any:
 
 def test_compare_prints_what_a_reader_needs(pair: tuple[Path, list[str]]) -> None:
     root, ids = pair
-    done = _compare(*ids, "--results", str(root), "--resamples", "300", "--classes", "3")
+    done = _compare(*ids, "--results", str(root), "--resamples", "300", "--show-classes", "3")
     assert done.exit_code == 0, done.output
     for words in (
         "95 % interval [+",
@@ -167,7 +167,7 @@ def test_compare_prints_what_a_reader_needs(pair: tuple[Path, list[str]]) -> Non
     ):
         assert words in done.output, done.output
     assert "different protocols" in done.output  # each under its own preset
-    shown = _compare(*ids, "--results", str(root), "--resamples", "300", "--classes", "0").output
+    shown = _compare(*ids, "--results", str(root), "--resamples", "300", "--show-classes", "0").output
     assert all(f"class {k} " in shown for k in range(30))
 
 

@@ -89,7 +89,7 @@ def test_24_methods():
         info, cls = method_info(name), closed_set_class(name)
         assert info.track == "closed-set" and info.protocol == "closed-set"
         assert hosts.default_encoder(hosts.addon_and_host(name)[1]) == cls.DEFAULT_ARCH
-        assert changed_options(name, cls(name).options()) == {}  # tables read the defaults as text
+        assert changed_options(name, cls(name).options(), None) == {}  # tables read the defaults as text
 
 
 @pytest.mark.parametrize("name", IDS)

@@ -297,6 +297,15 @@ def test_batches_and_memory(clip_state: dict[str, Tensor]) -> None:
     assert batches == [15, 7, 3, 3, 3, 3, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_correlation_is_float32_under_autocast(dtype: torch.dtype) -> None:
+    image, text = torch.randn(2, 32, 5, 7), torch.randn(1, 9, 1, 32)
+    with torch.autocast("cpu", dtype):
+        found = cosine_cost(image.to(dtype), text)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, cosine_cost(image.to(dtype).float(), text))
+
+
 def test_lower_precision_is_close(clip_state: dict[str, Tensor]) -> None:
     image = photo(90, 120, seed=1)
     exact = model_of(clip_state).patch_logits([image])[0]

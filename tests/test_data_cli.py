@@ -36,7 +36,7 @@ def test_synth_all_makes_all(tmp_path: Path) -> None:
 
 
 def test_synth_of_both_splits_then_check_of_both(tmp_path: Path) -> None:
-    arguments = ["--images", "2", "--train-images", "5", "--long-tail", "1", "--classes", "21", "--size", "64x96"]
+    arguments = ["--images", "2", "--train-images", "5", "--long-tail", "1", "--num-classes", "21", "--size", "64x96"]
     made = runner.invoke(app, ["synth", "ade20k", "--split", "all", *arguments, "--out", str(tmp_path / "d"), "--json"])
     assert made.exit_code == 0, made.output
     [entry] = json.loads(made.stdout)

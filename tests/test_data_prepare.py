@@ -743,14 +743,6 @@ def test_a_folder_of_archives_is_explained(tmp_path: Path) -> None:
         prepare("coco_stuff", [tmp_path / "downloads"], tmp_path / "out")
 
 
-def test_without_scipy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context459(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install scipy"):
-        prepare("context459", [tmp_path])
-    assert not (tmp_path / ".ovbench-prepare").exists()
-
-
 def test_every_benchmark_has_a_recipe(tmp_path: Path) -> None:
     for name in benchmarks.names():
         with pytest.raises(DataError, match="The sources have no"):

@@ -11,7 +11,7 @@ import torch
 from tiny_clip import photo, save_tiny
 
 from ovbench.cli.app import run_command
-from ovbench.cli.run import choose
+from ovbench.cli.inputs import choose
 from ovbench.errors import UsageError
 from ovbench.models.method import Method, Solver
 from ovbench.models.patch_model import OpenVocabModel

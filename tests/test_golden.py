@@ -128,3 +128,18 @@ def test_float16_keeps_the_predictions(golden: Path, method: str) -> None:
         labels = seg.predict_labels(image[None], [(375, 500)])[0]
         agreement = (labels == vectors[f"{method}.slide_pred"]).double().mean()
         assert agreement >= least, (dtype, agreement)
+
+
+@pytest.mark.parametrize(("constants", "options"), [("sc-clip", {}), ("sc-clip-b-constants", "B/16")])
+def test_sc_clip_on_24_blocks_with_its_authors_constants(golden: Path, constants: str, options: object) -> None:
+    """With no option, those of ViT-L/14; set by hand, those of ViT-B/16, which tells arithmetic and constants apart."""
+    vectors = load_file(golden / "scclip_l_pub.safetensors")
+    own = {"pre": 8, "post": 3, "multi_first": 3, "multi_last": 9, "cls_weight": 0.3}
+    seg = ovbench.build_segmentor(
+        "sc-clip", weights=str(golden / "clip_l_pub.safetensors"), classes=["a"], method_options=own if options else {}
+    )
+    found = seg.model.dense_features(picture(load_file(golden / METHODS["sc-clip"]), "image_224"))
+    assert seg.model.clip.depth == 24
+    assert close(found.flatten(0, 1), vectors[f"{constants}.features_224"])
+    other = "sc-clip" if options else "sc-clip-b-constants"
+    assert not close(found.flatten(0, 1), vectors[f"{other}.features_224"], 1e-2)

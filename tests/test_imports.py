@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ REPO = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors", "hashing", "paths"),
     ("mm.compat", "ops", "measure", "pictures", "words.class_list", "networks.builtin", "registry", "words.prompts"),
-    ("spec", "networks", "benchmarks"),
+    ("spec", "networks", "benchmarks", "models.backbone_constants"),
     ("words", "results", "models.base"),
-    ("models.method", "models.windowed", "models.trained_file"),
-    ("models.resolve",),
+    ("models.method", "models.windowed", "models.trained_file", "train.recipe", "mm.label_loading"),
+    ("models.resolve", "train.record"),
     ("models.closed_set", "models.mask_method", "networks.builtin.readouts", "networks.builtin.corpus"),
     ("methods", "models.patch_model", "tables", "networks.builtin.evaluation"),
     ("mm.heads", "mm.readers", "mm.panoptic_dataset", "models.view_averaging", "models.mask_model"),
@@ -114,6 +115,50 @@ def test_imports_point_down(module, path):
     assert list(_problems(module, ast.parse(path.read_text(encoding="utf-8")))) == []
 
 
+def _circles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Modules that reach each other, in sets of two or more."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = edges[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {module: reached(module) for module in edges}
+    together = {frozenset(other for other in reach[module] if module in reach[other]) for module in edges}
+    return {circle for circle in together if circle}
+
+
+def _edges(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """What each module imports of the others, wherever in it; ``__init__`` of the suite, which all names begin with, aside."""
+    found: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        names = [name.partition(".")[2] for name in _imports(tree, module) if name.startswith("ovbench.")]
+        found[module] = {target for name in names if (target := _longest(name, trees)) and target != module}
+    return found
+
+
+def test_modules_do_not_import_each_other():
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in _sources()}
+    assert _circles(_edges(trees)) == set()
+
+
+def test_a_circle_is_found_inside_functions_too():
+    sources = {
+        "a": "from ovbench import b",
+        "b": "def f():\n    from ovbench.c.d import g",
+        "c": "",
+        "c.d": "import ovbench.a",
+        "e": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ovbench.f import x",
+        "f": "import ovbench.e",
+    }
+    circles = _circles(_edges({name: ast.parse(source) for name, source in sources.items()}))
+    assert circles == {frozenset({"a", "b", "c.d"})}
+
+
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
@@ -166,6 +211,7 @@ def test_every_method_loads_without_mmseg(run_python):
     assert "torch" in loaded and MM & loaded == set()
 
 
+QUICK_NEVER = {"torch", "open_clip", "pandas", "scipy", "transformers", *MM}
 QUICK = [
     ("--help",),
     ("run", "--help"),
@@ -187,11 +233,33 @@ def test_quick_commands_load_no_torch(run_python, tmp_path, arguments):
     code = (
         "import sys; from ovbench.cli.app import run_command\n"
         f"status = run_command({list(arguments)!r})\n"
-        "print(sorted({'torch', 'open_clip', 'pandas', 'mmseg', 'mmengine', 'mmcv', 'cv2'} & set(sys.modules)), status, "
+        f"print(sorted({QUICK_NEVER} & set(sys.modules)), status, "
         "file=sys.stderr)"
     )
     done = run_python("-c", code, cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+def test_what_is_imported_comes_with_a_plain_install():
+    """Or belongs to an extra, and then only where the extra is spoken of."""
+    text = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    core = set(re.findall(r'^    "([\w-]+)', text.partition("\ndependencies = [")[2].partition("\n]")[0], re.MULTILINE))
+    called = {
+        **{"open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml", "mmseg": "mmsegmentation"},
+        **dict.fromkeys(("mmcv", "cv2"), "mmcv-lite"),  # mmcv brings OpenCV
+    }
+    optional = {"diffusers", "fvcore", "mlflow", "ray", "submitit", "wandb", "tensorboard"}
+    for module, path in _sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = set(_imports(tree, module))
+        names |= {
+            str(call.args[0].value)
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "importlib.import_module"
+            if call.args and isinstance(call.args[0], ast.Constant)
+        }
+        tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ovbench"} - optional
+        assert {called.get(top, top) for top in tops} - core == set(), module
 
 
 def test_all_packages_are_declared():

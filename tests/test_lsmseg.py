@@ -13,7 +13,11 @@ from tiny_clip import photo, tiny_state
 from torch import Tensor
 
 from ovbench.errors import UsageError, WeightsError
+from ovbench.evaluate.verify import options_again
 from ovbench.methods.cat_seg import _as_published
+from ovbench.models.build import build_model
+from ovbench.models.resolve import resolve
+from ovbench.models.trained_file import About, save
 from ovbench.models.view_averaging import ViewModel
 from ovbench.networks.clip_weights import from_openai_format
 from ovbench.networks.cost_aggregation.aggregator import cosine_cost, most_similar
@@ -23,11 +27,13 @@ from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.sam import SAMS, SamRecipe, SamSizes
 from ovbench.registry import method_class, method_info
 from ovbench.spec import protocol
+from ovbench.tables.published import numbers, wanted
 from ovbench.words.embeddings import prompts
 
 TINY_SAM = SamSizes(hidden=24, layers=4, heads=2, globals_at=(1, 2, 3), mlp=48, patch=16, window=3, grid=8)
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "window": 4, "grid": 8, "pad_len": 6}
 WITH_SAM = {"visual": "sam-b", "visual_weights": "random"}
+COST = "method_options.cost_from"
 WORDS = ["sky", "road", "car", "person", "tree", "dog", "boat", "chair"]
 
 
@@ -204,13 +210,41 @@ def test_every_fusion_keeps_shapes_and_images_apart(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [0, 96])
-def test_the_second_encoder_guides_and_the_costs_stay_clips(clip: DenseCLIP, kind: str, size: int) -> None:
-    x = images(clip)
-    dense, guides = made(clip, fusion=kind, visual_size=size, **WITH_SAM).encode(x)
+def test_costs_are_of_the_fused_features_or_of_clips(clip: DenseCLIP, kind: str, size: int) -> None:
+    x, text = images(clip), texts()
+    options = {"fusion": kind, "visual_size": size, **WITH_SAM}
+    fused, guides = made(clip, **options).encode(x)
+    dense, same_guides = made(clip, cost_from="clip", **options).encode(x)
     plain, others = made(clip).encode(x)
-    assert torch.equal(dense, plain)
-    for guide, other in zip(guides, others, strict=True):
+    assert torch.equal(dense, plain) and torch.equal(fused, guides[0])
+    assert (cosine_cost(fused, text[None]) - cosine_cost(plain, text[None])).abs().max() > 1e-2
+    for guide, same, other in zip(guides, same_guides, others, strict=True):
+        assert torch.equal(guide, same)
         assert guide.shape == other.shape and not torch.allclose(guide, other, atol=1e-4)
+
+
+def test_eqs_5_2_to_5_6_by_hand(clip: DenseCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M = cos(E, T) chooses the classes, and is what is aggregated of them."""
+    x, text = images(clip), texts()
+    method = made(clip, filter_k=3, **WITH_SAM)
+    seen: list[Tensor] = []
+    aggregate = method.aggregator.aggregate
+    monkeypatch.setattr(
+        method.aggregator, "aggregate", lambda cost, *rest: (seen.append(cost), aggregate(cost, *rest))[1]
+    )
+    found = method.class_logits(x, text)
+    e = method.encode(x)[1][0].flatten(2)
+    m = torch.einsum("bdn,td->btn", e / e.norm(dim=1, keepdim=True), text[:, 0])
+    for row in range(2):
+        kept = m[row].amax(dim=1).topk(3).indices.sort().values
+        assert torch.equal(found.kept[row], kept)
+        torch.testing.assert_close(seen[0][row, 0].flatten(1), m[row, kept], rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_second_encoder_nothing_moves(clip: DenseCLIP) -> None:
+    x, text = images(clip), texts()
+    both = [made(clip, filter_k=3, cost_from=name).patch_logits(x, text) for name in ("fused", "clip")]
+    assert torch.equal(*both)
 
 
 def test_the_second_encoder_sees_the_same_pixels(clip: DenseCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +258,12 @@ def test_the_second_encoder_sees_the_same_pixels(clip: DenseCLIP, monkeypatch: p
 
 
 def test_unknown_names_are_refused(clip: DenseCLIP) -> None:
-    for option, message in (("fusion", "sum"), ("renormalise", "class"), ("visual", "sam-h")):
+    for option, message in (
+        ("fusion", "sum"),
+        ("renormalise", "class"),
+        ("visual", "sam-h"),
+        ("cost_from", "sam"),
+    ):
         with pytest.raises(UsageError, match=f"'{message}'"):
             made(clip, **{option: message})
 
@@ -305,6 +344,48 @@ def test_weights_come_back_without_the_second_encoder(clip: DenseCLIP, tmp_path:
         cls.load(str(path), None, cls.configure({**options, "visual": "none"}))
     with pytest.raises(WeightsError, match=r"missing: fusion\.attend"):
         cls.load(str(path), None, cls.configure({**options, "fusion": "attention"}))
+
+
+@pytest.mark.parametrize("recorded", [None, "clip", "fused"])
+def test_a_trained_file_from_before_means_clips_costs(clip: DenseCLIP, tmp_path: Path, recorded: str | None) -> None:
+    """Trainings of 0.1.0 knew no ``cost_from``: what they learned is on CLIP's costs, however the file is loaded."""
+    options = {**SMALL, "filter_k": 3, **WITH_SAM}
+    method = made(clip, **options)
+    told = {**method.options(), "cost_from": recorded}
+    if recorded is None:
+        del told["cost_from"]
+    path = tmp_path / "model.safetensors"
+    about = About(
+        method="lsmseg", method_options=told, arch=clip.arch, dataset="coco_stuff", class_names=WORDS, training="x",
+        spec_hash="x", iterations=1, planned=1,
+    )  # fmt: skip
+    save(path, method.public_state(), about)
+    x, text = images(clip), texts()
+    meant = recorded or "clip"
+    model = build_model("lsmseg", classes=WORDS, weights=str(path), method_options={"visual_weights": "random"})
+    assert model.method.config.cost_from == meant and model.method.config.filter_k == 3
+    expected = made(clip, **{**options, "cost_from": meant}).patch_logits(x, text)
+    torch.testing.assert_close(model.method.patch_logits(x, text), expected, rtol=1e-5, atol=1e-5)
+    given = resolve("lsmseg", str(path), {"cost_from": "fused"})
+    assert given.config.cost_from == "fused"  # what the user says stands
+
+
+def test_a_record_from_before_is_repeated_with_clips_costs(clip: DenseCLIP) -> None:
+    cls = method_class("lsmseg")
+    recorded = made(clip, **WITH_SAM).options()
+    assert recorded["cost_from"] == "fused" and options_again(recorded, cls, {})["cost_from"] == "fused"
+    del recorded["cost_from"]
+    assert options_again(recorded, cls, {})["cost_from"] == "clip"
+    assert options_again(recorded, cls, {"cost_from": "fused"})["cost_from"] == "fused"
+
+
+def test_printed_rows_with_a_second_encoder_want_fused_costs() -> None:
+    rows = [entry for entry in numbers() if entry.source == "thesis-lsmseg" and entry.metric == "mIoU"]
+    fused = {(entry.table, entry.row) for entry in rows if wanted(entry).require.get(COST) == "fused"}
+    assert {table for table, _ in fused} == {"5.1", "5.5", "5.6", "5.7", "5.9", "5.10", "5.11"}
+    assert ("5.6", "LSMSeg(w/ SAM-L)") in fused and ("5.6", "LSMSeg(w/o SAM)") not in fused
+    ours = {(entry.table, entry.row) for entry in rows if wanted(entry).method == "lsmseg"}
+    assert {row for row in ours - fused if row[0] not in ("5.2", "5.3", "5.4", "5.8")} == {("5.6", "LSMSeg(w/o SAM)")}
 
 
 def test_weights_of_cat_seg_load(clip: DenseCLIP, tmp_path: Path) -> None:

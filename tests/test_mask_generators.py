@@ -230,12 +230,6 @@ def test_published_sizes(name: str, parameters: int) -> None:
     assert model.config.num_queries == (200 if name == "swin-l" else 100) and tuple(RECIPES) == MASK2FORMERS
 
 
-def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match=r"ovbench\[masks\].*e\.g\. grid"):
-        load_generator("mask2former-swin-b", "random")
-
-
 def test_names() -> None:
     with pytest.raises(UsageError, match="Did you mean: mask2former-swin-b"):
         load_generator("mask2former-swinb")

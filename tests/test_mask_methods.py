@@ -9,7 +9,7 @@ import torch
 from tiny_clip import photo, save_tiny
 
 from ovbench.errors import RunError, UsageError, WeightsError
-from ovbench.models.mask_method import MaskMethod, Words
+from ovbench.models.mask_method import MaskMethod, Words, seen_classes
 from ovbench.models.mask_model import MaskModel
 from ovbench.networks.clip_weights import load_clip
 from ovbench.networks.dense_clip import DenseCLIP
@@ -53,7 +53,7 @@ def perturbed(method: MaskMethod, size: float = 0.05) -> MaskMethod:
 def model_of(method: MaskMethod, classes: Any = CLASSES, **fields: Any) -> MaskModel:
     own = method_info("fisa" if hasattr(method, "mask_embeddings") else "scn").protocol
     extra = {key: fields.pop(key) for key in ("window_batch", "dtype") if key in fields}
-    square = {"square": 96} if own == "fisa" else {}
+    square = {"square": 96} if own == "fisa" and "square" not in fields else {}
     return MaskModel(method, classes, protocol(own, short_side=96, **square, **fields), **extra)
 
 
@@ -135,6 +135,29 @@ def test_the_model_is_batch_invariant(name, window_batch, clip):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_logits_of_lower_precision_are_float32_products(name, weights, monkeypatch):
+    """Of the embeddings that the network gave: the last product, and pooling, are no part of it."""
+    method = build(name, load_clip(weights))
+    owner, part = (type(method), "embeddings") if hasattr(method, "embeddings") else (type(method), "mask_embeddings")
+    own, seen = getattr(owner, part), []
+
+    def kept(self, *args):
+        seen.append(own(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(owner, part, kept)
+    vocabulary = words(5, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = method.classify(images(method.clip), masks(3), vocabulary)
+    exact = torch.nn.functional.normalize(seen[0].double(), dim=-1) @ vocabulary.text.double().T
+    cosines = found.logits.double() / vocabulary.logit_scale
+    if name == "scn":  # logarithms of probabilities, of logits that are its base's before training
+        exact = (exact * 100).log_softmax(dim=-1) / 100
+    assert found.logits.dtype == torch.float32
+    assert (cosines - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_is_close(name, dtype, weights):
     found = []
@@ -182,9 +205,11 @@ def test_masked_attention_is_a_forward_for_each_mask(weights):
         size = tokens.shape[1]
         for index in range(3):
             x = torch.cat([tokens, tokens[:, :1]], dim=1)
-            touched = torch.nn.functional.adaptive_max_pool2d(given[:, index], grid).flatten() >= 0
+            whole = torch.nn.functional.interpolate(given[:, index : index + 1], size=(96, 96), mode="bilinear")
+            touched = torch.nn.functional.adaptive_max_pool2d(whole, grid).flatten() >= 0
             blocked = torch.ones(size + 1, size + 1, dtype=torch.bool)
             blocked[:size, :size] = False
+            blocked[size, 0] = False  # CLS
             blocked[size, 1:size] = ~touched
             for block in visual.transformer.resblocks:
                 normed = block.ln_1(x)
@@ -203,18 +228,158 @@ def test_masked_attention_is_a_forward_for_each_mask(weights):
         {"adapter_layers": 0},
         {"adapter_layers": 1},
         {"adapter_layers": 3},
+        {"distractor": ""},
     ],
 )
 def test_untrained_fisa_is_its_baseline_to_the_bit(options, clip):
-    base, fisa = build("maskclip-ding", clip), build("fisa", clip, **options)
-    vocabulary = words(9, clip.embed_dim)
+    base, fisa = build("maskclip-ding", clip), build("fisa", clip, mask_sees_cls=True, **options)
+    vocabulary, given = words(9, clip.embed_dim), masks(12)
+    given[:, 3] = NOWHERE
     with torch.inference_mode():
-        one, other = (method.classify(images(clip), masks(12), vocabulary) for method in (base, fisa))
+        one, other = (method.classify(images(clip), given, vocabulary) for method in (base, fisa))
     if options.get("query_scope") == "masks":  # the same sums, grouped otherwise by the matrix kernel
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-4)
     else:
         assert torch.equal(one.logits, other.logits)
     assert torch.equal(one.masks, other.masks)
+
+
+def test_fisas_mask_tokens_do_not_see_cls_unless_told(clip):
+    """Eq. 5 sums over patches: a CLS token that only the image tokens' last block could change is not looked at."""
+    given, vocabulary = masks(4), words(9, clip.embed_dim)
+    plain, seeing = build("fisa", clip), build("fisa", clip, mask_sees_cls=True)
+    grid = (96 // clip.patch,) * 2
+    assert not bool(plain.visible(given, grid, (96, 96))[..., 0].any())
+    assert bool(seeing.visible(given, grid, (96, 96))[..., 0].all())
+    empty = torch.full((1, 1, 24, 24), NOWHERE)
+    assert bool(plain.visible(empty, grid, (96, 96))[..., 1:].all())  # something for the softmax
+    assert seeing.visible(empty, grid, (96, 96)).sum() == 1  # CLS alone
+    with torch.inference_mode():
+        one, other = (m.classify(images(clip), given, vocabulary).logits for m in (plain, seeing))
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("scope", ["all", "masks"])
+def test_lora_is_a_sum_of_matrices_on_all_four_projections(scope, weights):
+    """Low-rank products moved into CLIP's own matrices give the same network (where image tokens use them too)."""
+    method = build("fisa", load_clip(weights), lora_rank=4, seve=False, adapter_layers=0, query_scope=scope)
+    assert method.lora_in.shape[:2] == (method.clip.depth, 4)
+    perturbed(method, 0.02)
+    with torch.no_grad():
+        method.query_bias.zero_()
+        if scope == "masks":
+            fresh = build("fisa", method.clip, query_scope=scope)
+            method.query_weight.copy_(fresh.query_weight)
+    given, vocabulary = masks(4), words(9, method.clip.embed_dim)
+    with torch.inference_mode():
+        found = method.classify(images(method.clip), given, vocabulary).logits
+    merged = build("fisa", load_clip(weights), seve=False, adapter_layers=0)
+    with torch.no_grad():
+        for index, block in enumerate(merged.clip.blocks):
+            products = method.lora_out[index] @ method.lora_in[index]  # (4, C, C)
+            block.attn.in_proj_weight += torch.cat(list(products[:3]))
+            block.attn.out_proj.weight += products[3]
+    with torch.inference_mode():
+        expected = merged.classify(images(method.clip), given, vocabulary).logits
+        plain = build("fisa", load_clip(weights)).classify(images(method.clip), given, vocabulary).logits
+    assert not torch.allclose(found, plain, atol=1e-2)
+    if scope == "all":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    else:  # image tokens keep CLIP's own projections
+        assert not torch.allclose(found, expected, atol=1e-2)
+
+
+def test_training_has_a_word_that_no_segment_has(clip):
+    method, plain = build("fisa", clip), build("fisa", clip, distractor="")
+    for one, count in ((method, 3), (plain, 2)):
+        one.set_training_classes(["sky", "road"], Templates(("{}",)))
+        assert one._training.text.shape[0] == one._training.classes == count
+    method.set_training_classes(["sky", "other"], Templates(("{}",)))
+    assert method._training.classes == 2
+
+
+def test_fisas_recipe_is_maskclips_where_the_paper_is_silent(weights):
+    recipe = method_class("fisa").RECIPES["coco_panoptic"]
+    assert recipe["schedule"] == "constant" and recipe["grad_clip"] == 0.01 and recipe["amp"] == "float16"
+    method = build("fisa", load_clip(weights))
+    groups, parts = choose_parameters(method, "full")
+    norms = {
+        id(p) for module in method.modules() if isinstance(module, torch.nn.LayerNorm) for p in module.parameters()
+    }
+    plain = {group.decay_mult for group in groups for p in group.parameters if id(p) not in norms}
+    without = {group.decay_mult for group in groups for p in group.parameters if id(p) in norms}
+    assert plain == {1.0} and without == {0.0}
+    assert [part.part for part in parts].count("clip.visual") == 1  # one part, in two groups
+
+
+def test_a_class_is_seen_if_one_of_its_words_was_trained_by_its_exact_string():
+    """FC-CLIP's rule, on the words of its public vectors' settings."""
+    trained = ["cat", "coach,minibus", "people, man", "sky-other", "Dog", "couch", "window"]
+    tested = [
+        ["cat,kitten"],
+        ["dog"],
+        ["sky"],
+        ["bus, coach"],
+        ["grass", "lawn"],
+        ["person", "man", "woman"],
+        ["sofa,couch"],
+    ]
+    assert seen_classes(tested, trained) == [True, False, False, True, False, True, True]
+
+
+def test_seen_words_are_those_that_were_trained_not_the_benchmarks_names(weights, tmp_path):
+    from ovbench.models import trained_file as trained_weights
+
+    method = build("scn", load_clip(weights))
+    about = trained_weights.About(
+        method="scn", method_options=method.options(), arch=method.clip.arch, dataset="coco_stuff",
+        class_names=["sky-other", "road"], words=["sky", "road, route"], training="t", spec_hash="0", iterations=1, planned=1,
+    )  # fmt: skip
+    trained_weights.save(tmp_path / "model.safetensors", method.public_state(), about)
+    again = method_class("scn").load(str(tmp_path / "model.safetensors"), None, method.config)
+    model = model_of(again, [["sky-other"], ["sky", "heaven"], ["route"], ["Road"]])
+    assert model.vocabulary().seen.tolist() == [False, True, True, False]
+
+
+def test_the_ensemble_takes_a_classs_best_word_first(clip):
+    """Two words of one class must not share its probability before the mean of both classifiers is taken."""
+    scn = perturbed(build("scn", clip))
+    vocabulary = words(6, clip.embed_dim)
+    owner = torch.tensor([0, 0, 0, 1, 2, 2])
+    several = vocabulary._replace(word_class=owner, classes=3, seen=torch.tensor([True, False, False]))
+    alone = perturbed(build("scn", clip, ensemble=False))
+    with torch.inference_mode():
+        found = scn.classify(images(clip), masks(4), several).logits
+        ours = several.best(alone.classify(images(clip), masks(4), several).logits).softmax(-1)
+        clips = several.best(build("fc-clip", clip).classify(images(clip), masks(4), several).logits).softmax(-1)
+    share = torch.tensor([0.4, 0.8, 0.8])
+    torch.testing.assert_close(found.exp(), ours ** (1 - share) * clips**share, rtol=1e-4, atol=1e-7)
+
+
+def test_an_image_is_padded_with_the_mean_colour(clip):
+    """Masks and image span the same pixels, and an exact multiple changes nothing."""
+    for name, colour in (("fc-clip", clip.mean.flatten()), ("maskclip-ding", torch.tensor([123.675, 116.28, 103.53]))):
+        model = model_of(build(name, clip), square=0, pad=32)
+        picture = photo(70, 96)[None]
+        assert model.input_size((70, 96)) == (96, 96)
+        found = clip.denormalise(model.network_input(picture))[0]
+        torch.testing.assert_close(found[:, :70], picture[0].float(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(found[:, 70:], colour.view(3, 1, 1).expand(3, 26, 96), rtol=0, atol=1e-3)
+        plain = model_of(build(name, clip), square=0, pad=0)
+        given = photo(96, 64)
+        assert torch.equal(*(m.predict_labels([given], [(96, 64)])[0] for m in (model, plain)))
+        odd = photo(75, 100)
+        assert [one.predict_labels([odd], [(75, 100)])[0].shape for one in (model, plain)] == [(75, 100)] * 2
+
+
+def test_masks_that_the_method_corrects_come_back_without_the_padding(clip):
+    model = model_of(perturbed(build("fisa", clip)), pad=64)
+    (found,) = model.classified([photo(75, 100)])
+    proposed = model.method.generator.propose([photo(75, 100)])[0].masks
+    assert found.masks.shape == proposed.shape and not torch.equal(found.masks, proposed)
+    assert ((found.masks >= 0) == (proposed >= 0)).float().mean() > 0.9
+    (kept,) = model_of(build("maskclip-ding", clip), pad=64).classified([photo(75, 100)])
+    assert torch.equal(kept.masks, proposed)
 
 
 def test_fisa_without_a_residual_is_another_network(clip):
@@ -451,6 +616,9 @@ def test_the_generator_is_trained_where_the_policy_says_so(weights, tmp_path, mo
 def test_wrong_values_are_refused(clip):
     for name, options, match in (
         ("fisa", {"generator": "sam"}, "mask generator"),
+        ("fisa", {"generator": "files"}, "generator_path"),
+        ("fisa", {"generator_path": "masks"}, "generator=files"),
+        ("fisa", {"object_thd": 0.3}, "--object-thd"),
         ("fisa", {"classifier": "best"}, "classifier"),
         ("fisa", {"query_scope": "none"}, "query scope"),
         ("fisa", {"adapter_layers": 4}, "adapter_layers"),

@@ -86,7 +86,7 @@ def test_mmsegs_own_loop_gives_the_same_miou(tmp_path):
 def test_trained_and_evaluated_by_the_command(data, tmp_path, capsys):
     command = [
         "train", "-m", "fisa", "-d", "ade20k_panoptic", "--data-root", str(data), "--weights", "builtin", "--device", "cpu",
-        "-o", "generator=noisy-oracle", "-o", "training_side=64", "--results", str(tmp_path / "trainings"), "--workers", "0",
+        "-o", "generator=noisy-oracle", "-o", "training_side=64", "--trainings", str(tmp_path / "trainings"), "--workers", "0",
         "--set", "iters=2", "--set", "batch=2", "--set", "crop=64", "--set", "resize=96,64", "--no-eval", "--json",
     ]  # fmt: skip
     assert run_command(command) == 0

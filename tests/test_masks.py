@@ -10,6 +10,7 @@ from ovbench.models.mask_model import example_masks, oracle_classes
 from ovbench.ops.mask_losses import LossWeights, bce_cost, coverage, dice_cost, mask_losses, match, without_crowds
 from ovbench.ops.masks import (
     NOWHERE,
+    geometric_ensemble,
     mask_iou,
     mask_pool,
     padded,
@@ -17,6 +18,8 @@ from ovbench.ops.masks import (
     resized,
     semantic_labels,
     touched_patches,
+    with_padding,
+    without_padding,
 )
 from ovbench.ops.panoptic import Segments
 
@@ -27,12 +30,16 @@ def some_masks(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor
     return F.interpolate(coarse, size=size, mode="bicubic")[:, 0]
 
 
-@pytest.mark.parametrize(("size", "grid"), [((16, 16), (4, 4)), ((15, 22), (7, 5)), ((4, 4), (8, 6))])
-def test_patches_that_a_mask_touches(size, grid):
-    masks = torch.stack([some_masks(3, size, 1), some_masks(3, size, 2)])
+@pytest.mark.parametrize(
+    ("own", "size", "grid"),
+    [((16, 16), (16, 16), (4, 4)), ((15, 22), (15, 22), (7, 5)), ((4, 4), (4, 4), (8, 6)), ((7, 9), (32, 48), (4, 6))],
+)
+def test_patches_that_a_mask_touches(own, size, grid):
+    masks = torch.stack([some_masks(13, own, 1), some_masks(13, own, 2)])
     masks[0, 0] = NOWHERE
-    found = touched_patches(masks, grid).unflatten(2, grid)
-    for b, m in ((b, m) for b in range(2) for m in range(3)):
+    found = touched_patches(masks, grid, size).unflatten(2, grid)
+    masks = torch.stack([resized(row, size) for row in masks])  # decided at the size of CLIP's input
+    for b, m in ((b, m) for b in range(2) for m in (0, 1, 12)):
         expected = torch.zeros(grid, dtype=torch.bool)
         for y, x in (masks[b, m] >= 0).nonzero().tolist():
             for j in range(grid[0]):
@@ -41,15 +48,16 @@ def test_patches_that_a_mask_touches(size, grid):
                     rows = y * grid[0] < (j + 1) * size[0] and (y + 1) * grid[0] > j * size[0]
                     columns = x * grid[1] < (i + 1) * size[1] and (x + 1) * grid[1] > i * size[1]
                     expected[j, i] |= rows and columns
-        assert torch.equal(found[b, m], expected | (~expected.any()))
+        assert torch.equal(found[b, m], expected)
 
 
 def test_pooling_is_the_mean_inside():
     features, masks = torch.randn(2, 5, 6, 8), torch.stack([some_masks(4, (6, 8), 1), some_masks(4, (6, 8), 2)])
     masks[1, 2] = NOWHERE
+    masks[1, 1, 0, :3] = 0  # on the edge is outside, as in the public code
     found = mask_pool(features, masks)
     for b, m in ((b, m) for b in range(2) for m in range(4)):
-        places = [features[b, :, y, x] for y, x in (masks[b, m] >= 0).nonzero().tolist()]
+        places = [features[b, :, y, x] for y, x in (masks[b, m] > 0).nonzero().tolist()]
         expected = torch.stack(places).mean(0) if places else torch.zeros(5)
         torch.testing.assert_close(found[b, m], expected)
 
@@ -110,6 +118,43 @@ def test_no_masks_no_segments():
     weak = torch.full((2, 3), 0.2)
     ids, classes = panoptic_ids(weak, torch.ones(2, 4, 4), (5, 6), torch.ones(3, dtype=torch.bool), object_thd=0.5)
     assert bool((ids == -1).all()) and not len(classes)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "whole"),
+    [((20, 30), (80, 120), (96, 128)), ((19, 31), (75, 121), (96, 128)), ((75, 121), (75, 121), (96, 128))],
+)
+def test_masks_of_a_padded_image(grid, size, whole):
+    """Inside where the image is, outside in the padding; and back to what they were."""
+    masks = some_masks(5, grid)
+    found = with_padding(masks, size, whole)
+    pixels = resized(found, whole)
+    assert bool((pixels[:, size[0] + 4 :] < 0).all()) and bool((pixels[:, :, size[1] + 4 :] < 0).all())
+    expected = resized(masks, size) >= 0
+    inner = (slice(None), slice(size[0] - 4), slice(size[1] - 4))
+    assert (pixels[:, : size[0], : size[1]] >= 0)[inner].eq(expected[inner]).float().mean() > 0.98
+    back = without_padding(found, grid, size, whole)
+    assert back.shape == masks.shape and ((back >= 0) == (masks >= 0)).float().mean() > 0.97
+    assert with_padding(masks, size, size) is masks and with_padding(masks[:0], size, whole).shape[0] == 0
+    if grid[0] * 4 == size[0]:
+        assert torch.equal(back, masks)
+
+
+def test_the_ensemble_by_hand():
+    inner, outer = torch.randn(3, 5), torch.randn(3, 4)
+    seen = torch.tensor([True, False, True, False])
+    ours, clips, void = inner[:, :4].softmax(-1), outer.softmax(-1), inner.softmax(-1)[:, 4:]
+    share = torch.tensor([0.4, 0.8, 0.4, 0.8])
+    mixed = ours ** (1 - share) * clips**share
+    mixed = mixed / mixed.sum(-1, keepdim=True)
+    found = geometric_ensemble(inner, outer, seen)
+    torch.testing.assert_close(found.exp(), torch.cat([mixed * (1 - void), void], -1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(geometric_ensemble(inner[:, :4], outer, seen).softmax(-1), mixed)
+    alone = geometric_ensemble(inner, outer, seen, valid=torch.tensor([True, False, True]))
+    torch.testing.assert_close(alone[1].exp(), inner[1].softmax(-1), rtol=1e-5, atol=1e-7)
+    assert torch.equal(alone[0], found[0])
+    with pytest.raises(ValueError, match="columns"):
+        geometric_ensemble(inner[:, :3], outer, seen)
 
 
 def test_padding_is_inside_nowhere():

@@ -80,6 +80,29 @@ def test_lower_precision_is_close(method: Method, dtype: str) -> None:
     assert error < (0.05 if dtype == "bfloat16" else 0.01)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_lower_precision_are_float32_products_of_its_features(
+    method: Method, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if method.MODEL != Method.MODEL:
+        pytest.skip("its logits are a network's; of its correlation see test_cost_aggregation")
+    seen: list[torch.Tensor] = []
+    owner = type(getattr(method, "base", method))  # of a solver
+    own = owner.features
+
+    def kept(self: Method, images: torch.Tensor) -> torch.Tensor:
+        seen.append(own(self, images))
+        return seen[-1]
+
+    model = model_of(method, dtype=dtype)
+    with torch.inference_mode(), model.precision():
+        monkeypatch.setattr(owner, "features", kept)
+        logits = method.patch_logits(model.network_input(photo(96, 128)[None]), model.text)  # type: ignore[arg-type]
+    exact = torch.nn.functional.normalize(seen[0].double(), dim=-1) @ model.text.double().T  # type: ignore[operator]
+    assert logits.dtype == torch.float32
+    assert (logits.permute(0, 2, 3, 1) - exact).abs().max() < 1e-6
+
+
 def test_window_batches_do_not_change_the_result(method: Method) -> None:
     images = [photo(250, 330, seed=1), photo(330, 250, seed=2), photo(240, 240, seed=3)]
     model = model_of(method, window_batch=4)
@@ -188,6 +211,15 @@ def test_labels_and_registry(method: Method) -> None:
     info = method_info(name)
     assert info.summary and info.paper
     assert protocol("paper", "voc21", method=name).name == info.protocol
+
+
+def test_a_preset_may_have_values_of_its_own_for_a_baseline() -> None:
+    """ClearCLIP's author names another threshold for plain CLIP, on benchmarks with a background."""
+    for benchmark, own in (("voc21", 0.5), ("context60", 0.15), ("coco_object", 0.4), ("voc20", 0.0)):
+        assert protocol("clearclip", benchmark, method="clearclip").prob_thd == own
+        chosen = protocol("clearclip", benchmark, method="clip")
+        assert chosen.prob_thd == (0.2 if own else 0.0) and chosen.overrides == ()
+    assert protocol("clearclip", "voc21", method="clip", prob_thd=0.5).overrides == ("prob_thd",)
 
 
 def test_nan_weights_are_an_error_that_names_image_and_stage(clip: DenseCLIP) -> None:

@@ -19,6 +19,7 @@ from ovbench.cli import train as train_verb
 from ovbench.cli.run import spec_of
 from ovbench.errors import UsageError
 from ovbench.evaluate.sweep.of_paper import Asked, jobs_of
+from ovbench.models.backbone_constants import backbone_named
 from ovbench.results.measured import Measured, flat, metric, of_record
 from ovbench.results.panoptic_quality import panoptic_from_sums
 from ovbench.tables import published
@@ -73,8 +74,8 @@ def _foretold(command: Command) -> dict[str, Any]:
         options = asdict(cls.configure(given))
         arch = spec.arch or (training and training.arch) or cls.DEFAULT_ARCH
     else:
-        options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=False))
         arch = spec.arch or (training and training.arch) or "ViT-B-16"
+        options = _options(cls, cls.configure_for(given, weights=spec.weights, demo=False), backbone_named(arch))
     if training is not None:
         options |= {"trained_on": training.dataset, "training_overrides": list(training.overrides)}
     return {**spec.model_dump(mode="json"), "arch": arch, "method_options": json.loads(json.dumps(options))}

@@ -15,7 +15,7 @@ from tiny_clip import photo, save_tiny
 from ovbench import pictures
 from ovbench.benchmarks import colours
 from ovbench.cli.app import run_command
-from ovbench.cli.inputs import gather
+from ovbench.cli.pictures import gather
 from ovbench.errors import DataError, UsageError
 
 

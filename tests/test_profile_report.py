@@ -86,7 +86,7 @@ def test_a_file_that_is_no_profile(tmp_path, content, words):
 
 def test_a_folder_that_cannot_be_written(make_profile, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="--results"):
+    with pytest.raises(RunError, match="--profiles"):
         report.write(make_profile(), tmp_path / "file")
 
 

@@ -339,7 +339,7 @@ def test_option_defaults_are_read_from_the_source():
         from dataclasses import asdict
 
         own = json.loads(json.dumps(asdict(method.configure({}))))
-        assert changed_options(name, own) == {}, name
-    assert changed_options("sc-clip", {"beta": 0.5, "pre": 8}) == {"beta": 0.5}
-    assert changed_options("proxyclip", {"attention_weights": "dino.pth"}) == {}  # a place, not a choice
-    assert changed_options("no-such-method", {"beta": 0.5}) is None
+        assert changed_options(name, own, None) == {}, name
+    assert changed_options("sc-clip", {"beta": 0.5, "pre": 8}, None) == {"beta": 0.5}
+    assert changed_options("proxyclip", {"attention_weights": "dino.pth"}, None) == {}  # a place, not a choice
+    assert changed_options("no-such-method", {"beta": 0.5}, None) is None

@@ -95,7 +95,7 @@ def test_keys_that_others_rely_on(make_record):
     data = json.loads(make_record().to_json())
     assert list(data) == [
         "schema_version", "run_id", "spec", "spec_hash", "metrics", "efficiency", "environment", "provenance", "status",
-        "partial", "demo", "reason", "failures",
+        "partial", "demo", "reason", "failures", "constants",
     ]  # fmt: skip
     assert {"method", "dataset", "protocol", "arch", "weights", "dtype", "device", "mode"} <= set(data["spec"])
     assert {"miou", "macc", "aacc", "classes"} <= set(data["metrics"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +175,6 @@ def test_published_weights_come_from_the_hub(
     assert asked == [("facebook/sam-vit-base", "model.safetensors")] and found.weights == "facebook/sam-vit-base"
     with torch.inference_mode():
         assert torch.equal(found.maps(images())[0], tiny.maps(images())[0])
-
-
-def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match=r"ovbench\[masks\]"):
-        random_sam("sam-b", 0, TINY)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_clip import photo, save_tiny
+from safetensors.torch import save_file
+from tiny_clip import photo, save_tiny, tiny_state
 
+from ovbench.errors import OvbenchWarning
 from ovbench.methods.sc_clip import (
     SCCLIP,
     SCClipConfig,
@@ -90,10 +92,13 @@ def test_aggregation_and_attention() -> None:
     torch.testing.assert_close(attention.sum(-1), torch.ones(1, 3))
 
 
-def test_other_depths_scale_the_indices_and_say_so() -> None:
-    deep = SCCLIP(load_clip("random", "ViT-L-14"))  # 24 blocks
-    assert (deep.pre, deep.post, deep.first, deep.last) == (16, 6, 6, 18)
-    assert deep.options()["blocks_inferred"] is True
+def test_other_depths_scale_the_indices_and_say_so(tmp_path: Path) -> None:
+    state = tiny_state(layers=32, patch=14, grid=2)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "deep.safetensors")
+    with pytest.warns(OvbenchWarning, match="Constants of SCCLIP: inferred for this backbone .32 blocks, patch 14"):
+        deep = SCCLIP(load_clip(str(tmp_path / "deep.safetensors")))
+    assert (deep.pre, deep.post, deep.first, deep.last) == (21, 8, 8, 24)
+    assert deep.options()["blocks_inferred"] is True and deep.options()["pre"] == 8
     fixed = SCCLIP(deep.clip, SCClipConfig(scale_indices=False))
     assert fixed.options()["blocks_used"] == {"pre": 8, "post": 3, "multi": [3, 9]}
 
@@ -103,7 +108,7 @@ def test_dense_features_against_the_straightforward_implementation(
     size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The benchmark's baseline (N x N x C distances, a loop over outliers and their neighbours) on any shape of image."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "studies"))
     engine = importlib.import_module("engine")
     clip = load_clip(str(save_tiny(tmp_path / "tiny.safetensors")))
     method = SCCLIP(clip)

@@ -353,7 +353,7 @@ def test_every_field_of_a_spec_is_looked_at(data: Path, recorded: tuple[Path, An
     other = {
         "method": "clip", "dataset": "voc21", "dataset_version": 99, "arch": "ViT-L-14", "weights": "openai", "dtype": "float16",
         "device": "cuda", "weights_sha256": "0", "activation": "gelu", "window_batch": 7, "compile_mode": "default", "limit": 5,
-        "seed": 9, "name": "x", "overrides": ["crop"], "short_side": 11, "long_side": 12, "crop": 999, "stride": 13,
+        "seed": 9, "arithmetic": 3, "name": "x", "overrides": ["crop"], "short_side": 11, "long_side": 12, "crop": 999, "stride": 13,
         "patch_pad": "none", "pos_interp": "size", "logit_scale": 1.5, "prob_thd": 0.9, "area_thd": 0.9,
         "area_rule": "next-best", "upsample": "jbu", "pamr": 4, "pamr_dilations": [1], "scales": [0.5], "flip": True,
         "square": 640, "global_view": True, "wording": "x", "wording_sha256": "0", "templates": "x", "templates_sha256": "0",
@@ -397,6 +397,7 @@ def _found_beside(record: Any, known: Any) -> str | None:
     ("method", "chosen", "final"),
     [
         ("clip", {}, True),
+        ("clip", {"dtype": "bfloat16"}, True),
         ("clip", {"weights": "FILE"}, True),
         ("clip", {"weights": "FILE", "activation": "gelu"}, True),
         ("proxyclip", {"option_attention": "clip"}, False),
@@ -414,6 +415,8 @@ def test_what_a_run_will_say_is_foretold(
     (job,) = planned(data, tmp_path, method, **chosen)
     assert job.recorded is None and job.hash_is_final is final
     record = do(job)
+    # in half precision, records from before logits were float32 are of another run
+    assert record.spec.arithmetic == (2 if chosen.get("dtype") == "bfloat16" else 1)
     if final:
         assert job.spec_hash == record.spec_hash
     (again,) = planned(data, tmp_path, method, **chosen)

@@ -246,15 +246,17 @@ def stuff(tmp_path_factory):
 
 def test_an_open_vocabulary_method_is_trained_resumed_and_evaluated_on_other_words(stuff, here, capsys):
     command = ["train", "-m", "cat-seg", "-d", "coco_stuff", "--data-root", str(stuff), *OPEN, "--no-eval"]
-    assert run_command([*command, "--set", "iters=4", "--results", "whole"]) == 0
-    assert run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--results", "parts"]) == 0
+    assert run_command([*command, "--set", "iters=4", "--trainings", "whole"]) == 0
+    assert run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--trainings", "parts"]) == 0
     (whole,) = (here / "whole" / "cat-seg" / "coco_stuff").iterdir()
     (parts,) = (here / "parts" / "cat-seg" / "coco_stuff").iterdir()
     # as if it had been killed in the last iteration
     (parts / "checkpoints" / "iteration-00000004.pt").unlink()
     record = records.read(parts / records.RECORD)
     records.write(record.model_copy(update={"status": "running"}), parts)
-    assert run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--results", "parts", "--resume"]) == 0
+    assert (
+        run_command([*command, "--set", "iters=4", "--checkpoint-every", "1", "--trainings", "parts", "--resume"]) == 0
+    )
     one, other = load_file(whole / records.WEIGHTS), load_file(parts / records.WEIGHTS)
     assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
     spec = records.read(whole / records.RECORD).spec
@@ -292,7 +294,7 @@ def test_a_training_that_has_ended_is_not_done_again(whole, data, here, capsys):
     folder = only_folder(whole[0])
     command = ["train", "-m", "fcn", "-d", "ade20k", "--data-root", str(data), *SMALL, "--set", "iters=14", "--no-eval"]
     before = (folder / records.WEIGHTS).stat().st_mtime_ns
-    assert run_command([*command, "--resume", "--results", str(whole[0] / "results" / "trainings")]) == 0
+    assert run_command([*command, "--resume", "--trainings", str(whole[0] / "results" / "trainings")]) == 0
     assert "Trained already" in capsys.readouterr().err
     assert (folder / records.WEIGHTS).stat().st_mtime_ns == before and only_folder(whole[0]) == folder
 

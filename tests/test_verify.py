@@ -127,7 +127,7 @@ def test_pixels_that_moved_are_counted_and_their_image_is_named(
 
     # the first image alone is as recorded
     code, out = run_cli(
-        str(path), "--data-root", str(voc), "--weights", str(weights), "--workers", "0", "--images", "1", "--json"
+        str(path), "--data-root", str(voc), "--weights", str(weights), "--workers", "0", "--limit", "1", "--json"
     )
     data = json.loads(out)
     assert code == 0 and data["equal"] and (data["images"], data["of"]) == (1, IMAGES)

@@ -10,16 +10,20 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 
 
-def tiny_state(seed: int = 0, *, layers: int = 12, width: int = 64, grid: int = 14) -> dict[str, torch.Tensor]:
-    """A state dict: ViT of ``layers`` blocks, patch 16, ``grid`` x ``grid`` positions, embedding 32; 2 text blocks."""
+def tiny_state(
+    seed: int = 0, *, layers: int = 12, width: int = 64, grid: int = 14, patch: int = 16
+) -> dict[str, torch.Tensor]:
+    """A state dict: ViT of ``layers`` blocks, ``grid`` x ``grid`` positions, embedding 32; 2 text blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(
             32,
-            vision_cfg={"layers": layers, "width": width, "head_width": 64, "patch_size": 16, "image_size": 16 * grid},
+            vision_cfg={
+                "layers": layers, "width": width, "head_width": 64, "patch_size": patch, "image_size": patch * grid
+            },
             text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
             quick_gelu=True,
-        )
+        )  # fmt: skip
     # in float16, as OpenAI's releases are: that is what tells its activation
     return {key: value.detach().half().float() for key, value in model.state_dict().items() if key != "attn_mask"}
 

@@ -5,18 +5,17 @@ Importing this module needs neither torch nor mmengine nor cv2; see ``readers`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from ovbench.benchmarks import own
+from ovbench.benchmarks import catalog, own
 from ovbench.benchmarks.benchmark import Benchmark, Split, SynthRules
-from ovbench.benchmarks.config import read_config, read_words, validate_config
+from ovbench.benchmarks.catalog import definitions, with_split
 from ovbench.benchmarks.definition import fields_of
 from ovbench.benchmarks.layout import Layout, Pair
 from ovbench.benchmarks.own import OwnBenchmark
 from ovbench.errors import UsageError, unknown_name
-from ovbench.paths import config_dir
 
 __all__ = [
     "Benchmark",
@@ -25,22 +24,12 @@ __all__ = [
     "Pair",
     "Split",
     "SynthRules",
+    "expand",
     "get",
     "names",
     "own_root",
     "with_split",
 ]
-
-
-@cache
-def _configs() -> dict[str, dict[str, Any]]:
-    """The validated content of every ``dataset_configs/<name>.py`` by name, in the customary order."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(config_dir().glob("[!_]*.py")):
-        values = read_config(path)
-        validate_config(values, path.name)
-        found[path.stem] = values
-    return dict(sorted(found.items(), key=lambda item: (item[1]["benchmark"]["order"], item[0])))
 
 
 def names(group: str | None = None) -> list[str]:
@@ -49,12 +38,22 @@ def names(group: str | None = None) -> list[str]:
     Args:
         group: "eight" for the customary eight benchmarks of open-vocabulary papers, "large-vocabulary" or "closed-set".
     """
-    return [name for name, values in _configs().items() if group in (None, values["benchmark"].get("group"))]
+    return [name for name, found in definitions().items() if group in (None, found.values["benchmark"].get("group"))]
 
 
-def with_split(split: str = "train") -> list[str]:
-    """The ids of the benchmarks that have a split of that name."""
-    return [name for name in _configs() if split in get(name).splits]
+def expand(given: Iterable[str]) -> list[str]:
+    """Ids for names of benchmarks and of groups, each once; ``all`` is all of them.
+
+    Raises:
+        UsageError: No such benchmark.
+    """
+    found: list[str] = []
+    for name in given:
+        group = names(None if name == "all" else name)
+        if not group:
+            get(name)
+        found += group or [name]
+    return list(dict.fromkeys(found))
 
 
 def get(name: str) -> Benchmark:
@@ -67,7 +66,7 @@ def get(name: str) -> Benchmark:
     if not own.is_path(name):
         return _built_in(name)
     found = own.read(name)  # read anew every time: the user may be working on it
-    if found.name in _configs():
+    if found.name in definitions():
         raise UsageError(
             f"'{name}' would be called '{found.name}', but that is one of ovbench's benchmarks and their results must not "
             "mix. Rename the folder or file, or give a 'name' in its dataset.json."
@@ -82,15 +81,18 @@ def own_root(benchmark: Benchmark) -> Path | None:
 
 @cache
 def _built_in(name: str) -> Benchmark:
-    if name not in _configs():
+    if name not in definitions():
+        catalog.require_whole(name)
         if Path(name).is_dir():
             raise UsageError(f"Unknown dataset '{name}'. For the folder of that name write './{name}'.")
         raise unknown_name("dataset", name, names(), "ovbench list datasets")
-    values = _configs()[name]
-    facts = values["benchmark"]
-    path = config_dir() / "words" / f"{name}.json"
-    lists = read_words(path, name=name, version=facts["version"], num_classes=facts["num_classes"])
-    return Benchmark(**fields_of(name, values, lists))
+    return Benchmark(**fields_of(name, *definitions()[name]))
 
 
-get.cache_clear = _built_in.cache_clear  # type: ignore[attr-defined]  # for those who change the configs
+def cache_clear() -> None:
+    """Forgets what was read, for those who change the configs."""
+    catalog.cache_clear()
+    _built_in.cache_clear()
+
+
+get.cache_clear = cache_clear  # type: ignore[attr-defined]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ovbench.benchmarks.catalog import with_split
 from ovbench.benchmarks.config import Words
-from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges, index_label, train_id_table
+from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, LabelRule
 from ovbench.benchmarks.layout import Layout, Pair, Scan, complete_pairs, resolve_root, scan
 from ovbench.benchmarks.panoptic_files import Panoptic, SegmentMap, load_segments, read_panoptic
-from ovbench.errors import DataError, UsageError, unknown_name
+from ovbench.errors import UsageError, unknown_name
 from ovbench.hashing import sha256_of, sha256_of_file
 
 # What PackSegInputs hands on; the first five are what evaluation needs to name files and undo the resizing.
@@ -77,6 +78,7 @@ class Benchmark:
         num_classes: K, the background included where ``has_background``.
         class_names: Display names in label order, K.
         has_background: Class 0 is "everything else".
+        background: The class that is "everything else", to which thresholds leave pixels; None where there is none.
         reduce_zero_label: The files' 0 is ignored and 1..K become 0..K-1.
         ignore_index: Training id that no metric counts: 255, or 65535 where label files have 16 bits.
         raw_ids: The value that label files have for each class, where it is another order of 0..K-1; else empty.
@@ -122,6 +124,7 @@ class Benchmark:
     raw_ids: tuple[int, ...] = ()
     panoptic: Panoptic | None = None
     ignored_in_most: bool = False
+    background: int | None = None
     downloads: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, hash=False)
 
     def for_split(self, split: str) -> Benchmark:
@@ -133,8 +136,6 @@ class Benchmark:
         if split not in self.splits:
             if split != "train":
                 raise unknown_name("split", split, self.splits)
-            from ovbench.benchmarks import with_split
-
             raise UsageError(f"{self.name} has no training split here. Those that have one: {', '.join(with_split())}.")
         found = self.splits[split]
         return replace(
@@ -146,14 +147,32 @@ class Benchmark:
         )
 
     @property
+    def command_name(self) -> str:
+        """What commands call it."""
+        return self.name
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """How its label files are read; see :mod:`ovbench.benchmarks.labels`."""
+        return LabelRule(
+            self.command_name,
+            self.num_classes,
+            self.reduce_zero_label,
+            self.ignore_index,
+            self.raw_ids,
+            self.labels_from,
+            self.split,
+        )
+
+    @property
     def wide(self) -> bool:
         """Label files have 16 bits."""
-        return self.ignore_index > IGNORE_INDEX
+        return self.label_rule.wide
 
     @property
     def id_table(self) -> Ids:
         """The training id of each raw value 0..``ignore_index``."""
-        return train_id_table(self.reduce_zero_label, self.ignore_index, self.raw_ids)
+        return self.label_rule.table
 
     @property
     def stored_ids(self) -> tuple[int, ...]:
@@ -243,12 +262,12 @@ class Benchmark:
             steps.append({"type": "mmseg.LoadPanopticAnnotations"})
             stored = not self.panoptic.exact_areas
             return [*steps, {"type": "mmseg.PackPanopticInputs", "meta_keys": META_KEYS, "stored_areas": stored}]
-        if self.wide:  # mmseg's own makes every label uint8
-            kinds = {"with_bbox": False, "with_label": False, "with_seg": True, "imdecode_backend": "pillow"}
-            steps.append({"type": "mmcv.LoadAnnotations", **kinds})
-        else:  # mmcv's knows neither reduce_zero_label nor label maps
-            steps.append({"type": "mmseg.LoadAnnotations"})
-        return [*steps, {"type": "mmseg.PackSegInputs", "meta_keys": META_KEYS}]
+        return [*steps, self.label_step, {"type": "mmseg.PackSegInputs", "meta_keys": META_KEYS}]
+
+    @property
+    def label_step(self) -> dict[str, Any]:
+        """The transform that loads a label; ``ovbench.mm.label_loading`` registers it."""
+        return {"type": "mmseg.LoadLabel", **asdict(self.label_rule)}
 
     def to_train_ids(self, label: npt.NDArray[np.generic]) -> Ids:
         """Training ids of a decoded label file (H, W), uint8 or uint16: what mmseg's ``LoadAnnotations`` makes of it.
@@ -259,7 +278,7 @@ class Benchmark:
         Raises:
             DataError: A coloured label or values above the ignore index.
         """
-        return self.id_table[index_label(label, ignore_index=self.ignore_index)]
+        return self.label_rule.train_ids(label)
 
     def load_label(self, path: Path | str) -> Ids:
         """Training ids of a label file (H, W), uint8 or uint16, every one a class or the ignore index.
@@ -270,9 +289,7 @@ class Benchmark:
         source = Path(path)
         if self.panoptic is not None:
             return self.load_segments(source).labels()
-        train_ids = self.id_table[index_label(decode_label(source), source, self.ignore_index)]
-        self.require_in_range(train_ids, source)
-        return train_ids
+        return self.label_rule.load(source)
 
     def load_segments(self, path: Path | str) -> SegmentMap:
         """The segments of a label file of a panoptic benchmark.
@@ -289,16 +306,7 @@ class Benchmark:
 
     def require_in_range(self, train_ids: npt.NDArray[np.integer[Any]], source: Path | str) -> None:
         """Raises ``DataError`` naming file and ids where a training id is neither 0..K-1 nor the ignore index."""
-        present = np.unique(train_ids)
-        wrong = present[(present >= self.num_classes) & (present != self.ignore_index)]
-        if wrong.size:
-            raw = wrong + 1 if self.reduce_zero_label else wrong
-            first = 1 if self.reduce_zero_label else 0
-            raise DataError(
-                f"The label '{source}' holds the ids {id_ranges(raw)}, which {self.name} does not have (classes are "
-                f"{first}..{self.num_classes - 1 + first}). {self.labels_from}. "
-                f"'ovbench data check {self.name} --data-root ...{self.split_option}' looks at all files."
-            )
+        self.label_rule.require_classes(train_ids, source)
 
     @property
     def split_option(self) -> str:

@@ -118,6 +118,10 @@ def _is_prefix(value: object) -> bool:
     return isinstance(value, dict) and set(value) == {"img_path", "seg_map_path"} and all(map(_is_name, value.values()))
 
 
+def _is_class(value: object) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
 def _is_one_of(*allowed: object) -> Callable[[object], bool]:
     return lambda value: value in allowed
 
@@ -133,6 +137,7 @@ _SCHEMA: Mapping[str, Mapping[str, tuple[bool, Callable[[object], bool]]]] = {
         "group": (False, _is_name),
         "num_classes": (True, _is_size),
         "has_background": (True, _is_flag),
+        "background": (False, _is_class),
         "expected_images": (True, _is_size),
         "homes": (True, _is_strings),
         "labels_from": (True, _is_name),
@@ -216,6 +221,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     classes, dataset = values["benchmark"]["num_classes"], values["dataset"]
     raw_ids, wide = dataset.get("raw_ids"), dataset["ignore_index"] > 255
     faults = []
+    background = values["benchmark"].get("background")
+    if background is not None and (background >= classes or values["benchmark"]["has_background"] != (background == 0)):
+        faults.append(f"benchmark.background must be one of 0..{classes - 1}, and 0 where has_background is True only")
     if raw_ids is not None and (len(raw_ids) != classes or dataset["reduce_zero_label"]):
         faults.append(f"dataset.raw_ids must order 0..{classes - 1}, and cannot be combined with reduce_zero_label")
     if wide and (dataset["reduce_zero_label"] or raw_ids is not None):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ovbench.benchmarks.benchmark import Split, SynthRules
 from ovbench.benchmarks.config import id_list
 from ovbench.benchmarks.layout import Layout
 from ovbench.benchmarks.panoptic_files import Panoptic
+from ovbench.words.class_list import background_in
 
 
 def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "num_classes": facts["num_classes"],
         "class_names": lists["class_names"],
         "has_background": facts["has_background"],
+        "background": _background(facts, lists["class_names"]),
         "reduce_zero_label": dataset["reduce_zero_label"],
         "ignore_index": dataset["ignore_index"],
         "raw_ids": tuple(dataset.get("raw_ids", ())),
@@ -50,6 +53,14 @@ def fields_of(name: str, values: dict[str, Any], lists: dict[str, Any]) -> dict[
         "panoptic": None if values.get("panoptic") is None else _panoptic(values["panoptic"]),
         "downloads": {split: tuple(files) for split, files in values.get("downloads", {}).items()},
     }
+
+
+def _background(facts: dict[str, Any], names: Sequence[str]) -> int | None:
+    """Class 0 where the config says so, else the class that it says, else the one called "background"."""
+    if facts["has_background"]:
+        return 0
+    found = facts.get("background", background_in(names))
+    return found or None  # class 0 is none where the config says so
 
 
 def _panoptic(given: dict[str, Any]) -> Panoptic:

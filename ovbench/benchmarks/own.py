@@ -23,13 +23,14 @@ from ovbench.benchmarks.layout import resolve_root
 from ovbench.errors import DataError, UsageError
 from ovbench.hashing import sha256_of
 from ovbench.paths import trusted, user_path
-from ovbench.words.class_list import ClassEntry, read_file, require_different
+from ovbench.words.class_list import ClassEntry, background_in, read_file, require_different
 
 IMAGE_DIR, LABEL_DIR, CLASS_FILE, FACT_FILE = "images", "labels", "classes.txt", "dataset.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-BACKGROUND = "background"
 WORDING = "own"
-_FACTS = {"name": str, "title": str, "version": int, "background": bool, "reduce_zero_label": bool}
+_FACTS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "title": (str,), "version": (int,), "background": (bool, str), "reduce_zero_label": (bool,),
+}  # fmt: skip
 _SYNTH: dict[str, Any] = {
     "home": "",
     "stems": ["scene_{i:04d}"],
@@ -84,13 +85,21 @@ class OwnBenchmark(Benchmark):
     origin: str = ""
     home: Path | None = None
 
+    @property
+    def command_name(self) -> str:
+        """The path, as it was given."""
+        return self.origin
+
     def resolve_root(self, path: Path | str) -> Path:
         """As :meth:`Benchmark.resolve_root`, with the path in messages that name commands."""
         return resolve_root(self.layout, self.origin, self.labels_from, path)
 
     def fingerprint(self, root: Path | str, *, incomplete: bool = False) -> str:
         """sha256 (hex) over the files, as for every benchmark, and over the definition, which no release pins."""
-        rule = [self.class_names, self.has_background, self.reduce_zero_label, self.word_lists]
+        rule: list[Any] = [self.class_names, self.has_background, self.reduce_zero_label, self.word_lists]
+        named = 0 if self.has_background else background_in(self.class_names)
+        if self.background is not None and self.background != named:  # the names do not tell
+            rule.append(self.background)
         return sha256_of([super().fingerprint(root, incomplete=incomplete), rule])
 
 
@@ -140,7 +149,7 @@ def _from_folder(folder: Path, origin: str) -> OwnBenchmark:
             "title": facts.get("title", facts.get("name", folder.name)),
             "version": facts.get("version", 1),
             "num_classes": len(entries),
-            "has_background": facts.get("background", _begins_with_background(entries[0].name)),
+            **_background(facts.get("background"), [entry.name for entry in entries], folder / FACT_FILE),
             "expected_images": count,
             "labels_from": f"Every picture {IMAGE_DIR}/NAME{image_suffix} needs {LABEL_DIR}/NAME{label_suffix} with one "
             f"class number per pixel: {first} is the first line of {CLASS_FILE}, "
@@ -172,7 +181,7 @@ def _from_config(path: Path, origin: str) -> OwnBenchmark:
     if source.suffix == ".txt":
         lists = _lists(_entries(source))
         names = lists["class_names"]
-        facts = {"num_classes": len(names), "has_background": _begins_with_background(names[0]), **facts}
+        facts = {"num_classes": len(names), "has_background": background_in(names) == 0, **facts}
     values = _complete({**values, "benchmark": facts}, origin)
     if lists is None:
         lists = read_words(source, name=path.stem, version=facts["version"], num_classes=facts["num_classes"])
@@ -273,9 +282,9 @@ def _facts(path: Path) -> dict[str, Any]:
         )
     faults = [f"unknown key '{key}'" for key in found if key not in _FACTS]
     faults += [
-        f"{key} is {found[key]!r}, not a {kind.__name__}"
-        for key, kind in _FACTS.items()
-        if key in found and (type(found[key]) is not kind or found[key] == "")
+        f"{key} is {found[key]!r}, not a {' or a '.join(kind.__name__ for kind in kinds)}"
+        for key, kinds in _FACTS.items()
+        if key in found and (type(found[key]) not in kinds or found[key] == "")
     ]
     if faults:
         raise DataError(f"'{path}' is not valid: {'; '.join(faults)}. Known keys: {', '.join(_FACTS)}.")
@@ -301,8 +310,16 @@ def _lists(entries: list[ClassEntry]) -> dict[str, Any]:
     return {"class_names": names, "palette": tuple(for_classes(names)), "wordings": {WORDING: own, "plain": plain}}
 
 
-def _begins_with_background(name: str) -> bool:
-    return name.strip().lower() == BACKGROUND
+def _background(told: bool | str | None, names: list[str], source: Path) -> dict[str, Any]:
+    """The facts of a config that say which class is the background: as told, else the one called so."""
+    if isinstance(told, str) and told not in names:
+        raise DataError(
+            f"'{source}': background is {told!r}, which is no class of {CLASS_FILE}. Give a name, true or false."
+        )
+    index = (
+        background_in(names) if told is None else names.index(told) if isinstance(told, str) else 0 if told else None
+    )
+    return {"has_background": index == 0, "background": index}
 
 
 def _suffix(folder: Path, part: str, allowed: tuple[str, ...]) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, decode_label, id_ranges
+from ovbench.benchmarks.labels import IGNORE_INDEX, Ids, LabelFault, decode_label, id_ranges
 from ovbench.errors import DataError
 
 Numbers = npt.NDArray[np.int64]
@@ -126,10 +126,7 @@ def segment_ids(pixels: npt.NDArray[np.generic], source: Path | str) -> Numbers:
         DataError: It is no RGB image of 8 bits.
     """
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or pixels.dtype != np.uint8:
-        raise DataError(
-            f"The label '{source}' has shape {tuple(pixels.shape)}: not an RGB PNG whose colours are segment ids. It may "
-            "be a semantic label: use the PNGs of the panoptic annotations."
-        )
+        raise LabelFault.of("not_rgb", source, f"shape {tuple(pixels.shape)}")
     channels = pixels.astype(np.int64)
     ids: Numbers = channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
     return ids
@@ -157,7 +154,7 @@ def segment_map(
     found = (known[place] == flat) & (flat != 0) if len(known) else np.zeros(ids.size, bool)
     if not (found | (flat == 0)).all():
         wrong = np.unique(flat[~found & (flat != 0)])
-        raise DataError(f"The label '{source}' holds the segment ids {id_ranges(wrong)}, which its json does not have.")
+        raise LabelFault.of("segment_ids", source, id_ranges(wrong))
     index = np.full(ids.size, NO_SEGMENT, np.int16)
     if len(known):
         index[found] = order[place[found]]
@@ -179,4 +176,4 @@ def load_segments(path: Path, told: Described | None, facts: Panoptic) -> Segmen
     """
     if told is None:
         raise DataError(f"The json has no annotation for '{path}'. Fetch PNGs and json of one release.")
-    return segment_map(decode_label(path), told, facts, path)
+    return segment_map(decode_label(path, colours=True), told, facts, path)

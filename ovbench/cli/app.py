@@ -15,6 +15,7 @@ from ovbench.cli.compare import compare
 from ovbench.cli.console import fail, say
 from ovbench.cli.data import app as data_app
 from ovbench.cli.env import env
+from ovbench.cli.known import Verb, moved
 from ovbench.cli.list import list_names
 from ovbench.cli.predict import predict
 from ovbench.cli.profile import profile
@@ -80,20 +81,20 @@ def ovbench(
         sys.stdout.write(context.get_help() + "\n")
 
 
-app.command("run")(run)
-app.command("predict")(predict)
-app.command("sweep")(sweep)
-app.command("train")(train)
-app.command("list")(list_names)
-app.command("table")(table)
-app.command("compare")(compare)
-app.command("profile")(profile)
-app.command("report")(report)
-app.command("verify")(verify)
+app.command("run", cls=Verb)(run)
+app.command("predict", cls=Verb)(predict)
+app.command("sweep", cls=Verb)(sweep)
+app.command("train", cls=Verb)(train)
+app.command("list", cls=Verb)(list_names)
+app.command("table", cls=Verb)(table)
+app.command("compare", cls=Verb)(compare)
+app.command("profile", cls=Verb)(profile)
+app.command("report", cls=Verb)(report)
+app.command("verify", cls=Verb)(verify)
 app.add_typer(data_app, name="data", help="Fetch, prepare, make and check copies of the benchmarks.")
 app.add_typer(prompts_app, name="prompts", help="Show, check or generate descriptions of classes.")
-app.command("env")(env)
-app.command("schema")(schema)
+app.command("env", cls=Verb)(env)
+app.command("schema", cls=Verb)(schema)
 
 
 def run_command(argv: Sequence[str] | None = None) -> int:
@@ -143,8 +144,9 @@ def _run_command(argv: Sequence[str] | None) -> int:
         text = _one_line(str(message()))
         if not text:  # help was asked for by giving no arguments, and is printed already
             return code
-        fail(text)
         context = getattr(error, "ctx", None)
+        known = None if context is None else moved(context.command_path, str(getattr(error, "option_name", "")))
+        fail(known or text)
         if context is not None:
             say(f"Try '{context.command_path} --help'.")
         return code

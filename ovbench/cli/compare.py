@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich, say
 from ovbench.errors import UsageError, unknown_name
 
@@ -21,27 +22,26 @@ def compare(
             metavar="RUN...", help="Run ids, the beginning of run ids, or paths of records; the first is the base."
         ),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results/runs"),
-    classes: Annotated[int, typer.Option(min=0, help="Classes shown at each end of the list; 0 shows all.")] = 10,
+    results: o.Results = o.RUNS,
+    show_classes: Annotated[
+        int, typer.Option("--show-classes", min=0, help="Classes shown at each end of the list; 0 shows all.")
+    ] = 10,
     resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 10_000,
     confidence: Annotated[float, typer.Option(help="Percent of the resamples inside the interval.")] = 95.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the resampling.")] = 0,
-    pareto: Annotated[
-        str | None, typer.Option(help="What mIoU is plotted over: latency (when left out) or gmacs.")
-    ] = None,
+    seed: o.Seed = 0,
+    pareto: Annotated[str | None, typer.Option(help="What mIoU is plotted over: {costs}. Left out: latency.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the Pareto plot of the runs to FILE.png or FILE.svg.")
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="With --plot and no RUN: the newest run of every setting on this benchmark.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dataset: o.Dataset = None,
+    json: o.Json = False,
 ) -> None:
     """Compares runs with the first one: IoU of each class, the difference of mIoU with its interval, and cost.
 
     The interval is a paired bootstrap over images: images are drawn with replacement, and the mIoU of both runs is
     computed anew from the summed areas of the images drawn. It needs the areas beside the records, and the same images in
-    both runs. Times and memory are compared only where the machines agree.
+    both runs. Times and memory are compared only where the machines agree. With --plot and no RUN, --dataset chooses the
+    newest run of every setting on that benchmark.
 
     \b
     Examples:
@@ -72,7 +72,7 @@ def compare(
         print_json({"comparisons": [comparison.to_data() for comparison in comparisons]})
         return
     for comparison, other in zip(comparisons, found[1:], strict=True):
-        _show(comparison, found[0], other, classes)
+        _show(comparison, found[0], other, show_classes)
 
 
 def _newest(results: Path, dataset: str | None) -> list[Any]:
@@ -131,7 +131,7 @@ def _show(comparison: Comparison, first: Loaded, second: Loaded, ends: int) -> N
     for index, entry in enumerate(entries):
         if hidden and ends <= index < len(entries) - ends:
             if index == ends:
-                grid.add_row(Text(f"... {hidden} more (--classes 0 shows all)"), "", "", "")
+                grid.add_row(Text(f"... {hidden} more (--show-classes 0 shows all)"), "", "", "")
             continue
         values = (_number(entry.first), _number(entry.second), _number(entry.difference, "+"))
         grid.add_row(*map(Text, (entry.name, *values)))

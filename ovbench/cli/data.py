@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import bar, print_json, print_rich, print_text
-from ovbench.cli.data_files import data_download, data_fingerprint, data_list, root_of
-from ovbench.errors import DataError, UsageError, unknown_name
+from ovbench.cli.data_files import data_download, data_fingerprint, data_list
+from ovbench.cli.inputs import require_split, root_of, thread_count
+from ovbench.cli.known import Verb
+from ovbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
@@ -29,20 +32,18 @@ app = typer.Typer(
 TRAIN_IMAGES = 64
 
 
-app.command("list")(data_list)
-app.command("download")(data_download)
-app.command("fingerprint")(data_fingerprint)
+app.command("list", cls=Verb)(data_list)
+app.command("download", cls=Verb)(data_download)
+app.command("fingerprint", cls=Verb)(data_fingerprint)
 
 
-@app.command()
+@app.command(cls=Verb)
 def synth(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="Benchmarks ('ovbench list datasets'), or all.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder; each benchmark goes into OUT/NAME.")] = Path("data/synth"),
-    split: Annotated[
-        str, typer.Option(help="val, train or all: which splits; of 'all' benchmarks those that have it.")
-    ] = "val",
+    out: o.DefaultOut = Path("data/synth"),
+    split: o.Split = "val",
     images: Annotated[int, typer.Option(help="Validation images per benchmark.")] = 16,
     train_images: Annotated[int, typer.Option(help="Training images per benchmark.")] = TRAIN_IMAGES,
     long_tail: Annotated[
@@ -52,18 +53,17 @@ def synth(
             help="Class number r is in training images in proportion to r^-EXPONENT; validation shows all evenly.",
         ),
     ] = 0.0,
-    classes: Annotated[int | None, typer.Option(help="Draw only the first N classes that can be drawn.")] = None,
+    num_classes: o.NumClasses = None,
     size: Annotated[
         str | None, typer.Option(metavar="SHORTxLONG", help="Size in pixels, e.g. 128x160; by default the benchmark's.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Which copy; every seed is held out from the built-in CLIP's training.")
-    ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
 ) -> None:
     """Write a small generated copy of benchmarks in their true layout, file names and label encoding.
 
-    The pictures are drawn, not photographs: they are for trying the tool and say nothing about a method.
+    The pictures are drawn, not photographs: they are for trying the tool and say nothing about a method. Each benchmark goes into
+    OUT/NAME; of 'all' those that have the split. Every --seed is held out from the built-in CLIP's training.
 
     \b
     Examples:
@@ -84,24 +84,29 @@ def synth(
         benchmark = get(name)  # an unknown name must not leave half of the copies behind
         if counts["train_images"]:
             benchmark.for_split("train")
-    options: dict[str, Any] = {**counts, "seed": seed, "long_tail": long_tail, "classes": classes, "size": _size(size)}
+    options: dict[str, Any] = {
+        **counts,
+        "seed": seed,
+        "long_tail": long_tail,
+        "classes": num_classes,
+        "size": _size(size),
+    }
     written = []
     for name in chosen:
         with bar(name) as progress:
             root = write(name, out / get(name).name, progress=progress, **options)
         written.append({"benchmark": name, "root": str(root), **options})
-        if not as_json:
+        if not json:
             made = {"images": counts["images"], "training images": counts["train_images"]}
             text = " and ".join(f"{count} {what}" for what, count in made.items() if count)
             print_text(f"{name}: {text} in {root}")
-    if as_json:
+    if json:
         print_json(written)
 
 
 def _counts(split: str, images: int, train_images: int) -> dict[str, int]:
     """How many images of each split are asked for."""
-    if split not in ("val", "train", "all"):
-        raise unknown_name("split", split, ("val", "train", "all"))
+    require_split(split)
     if split == "val" and train_images != TRAIN_IMAGES:
         raise UsageError("--train-images goes with --split train or --split all; the default is val alone.")
     return {
@@ -120,16 +125,14 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(short), int(long)
 
 
-@app.command()
+@app.command(cls=Verb)
 def check(
     name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets'), or the path of your own.")],
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core.")] = None,
-    split: Annotated[str, typer.Option(help="val, train (where the benchmark has it), or all.")] = "val",
-    limit: Annotated[int | None, typer.Option(min=1, help="Open only the first N pairs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report (of all: a list) as JSON.")] = False,
+    data_root: o.DataRoot = None,
+    workers: o.Workers = None,
+    split: o.Split = "val",
+    limit: o.Limit = None,
+    json: o.Json = False,
 ) -> None:
     """Look for missing, damaged, mismatched or wrongly numbered files, each with examples and the fix.
 
@@ -151,10 +154,12 @@ def check(
     reports = []
     for one in splits:
         with bar(f"check {name} {one}") as progress:
-            reports.append(examine(name, root, split=one, workers=workers, limit=limit, progress=progress))
-        if not as_json:
+            reports.append(
+                examine(name, root, split=one, workers=thread_count(workers), limit=limit, progress=progress)
+            )
+        if not json:
             _print_report(reports[-1])
-    if as_json:
+    if json:
         print_json([report.to_json() for report in reports] if split == "all" else reports[0].to_json())
     if not all(report.ok for report in reports):
         raise typer.Exit(DataError.exit_code)
@@ -174,7 +179,7 @@ def _print_report(report: CheckReport) -> None:
     print_text(f"{which}: {state}: {report.root}{made}: {found}{ignored}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def prepare(
     name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets').")],
     source: Annotated[
@@ -183,18 +188,17 @@ def prepare(
             metavar="DIR|ARCHIVE", help="What you downloaded: folder, zip, tar, json; may be given several times."
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="Data root to write; by default the folder given as --source, in place.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="val, train, or all of which there are images.")] = "all",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome and the check as JSON.")] = False,
+    out: o.Out = None,
+    split: o.Split = "all",
+    workers: o.Workers = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
 ) -> None:
     """Turn what you downloaded into the files that a benchmark reads, then check them.
 
     Archives are read, not unpacked. What is done stays done: after an interruption give the same command again.
-    Nothing is written outside the data root, and no file that something else made is replaced.
+    Nothing is written outside the data root, and no file that something else made is replaced. The data root is --out;
+    left out, the folder given as --source, in place. Split 'all' is those of which there are images.
 
     \b
     Examples:
@@ -207,16 +211,16 @@ def prepare(
     from ovbench.benchmarks.prepare import prepare as make
 
     with bar(f"prepare {name}") as progress:
-        made = make(name, source, out, split=split, workers=workers, dry_run=dry_run, progress=progress)
-    if not as_json:
+        made = make(name, source, out, split=split, workers=thread_count(workers), dry_run=dry_run, progress=progress)
+    if not json:
         _print_prepared(made)
     reports = []
     for one in () if dry_run else made.splits:
         with bar(f"check {name} {one.split}") as progress:
-            reports.append(examine(name, made.root, split=one.split, workers=workers, progress=progress))
-        if not as_json:
+            reports.append(examine(name, made.root, split=one.split, workers=thread_count(workers), progress=progress))
+        if not json:
             _print_report(reports[-1])
-    if as_json:
+    if json:
         print_json({**made.to_json(), "check": [report.to_json() for report in reports]})
     if not all(report.ok for report in reports):
         raise typer.Exit(DataError.exit_code)
@@ -239,15 +243,13 @@ def _print_prepared(made: Prepared) -> None:
     print_text(f"{'would be: ' if made.dry_run else ''}{counts}; data root {made.root}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def frequencies(
     name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets'), or the path of your own.")],
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read labels; 0 reads them in this one.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    data_root: o.DataRoot = None,
+    split: o.Split = "train",
+    workers: o.Workers = None,
+    json: o.Json = False,
 ) -> None:
     """Count how often each class occurs in the labels: pixels, their share, and images.
 
@@ -265,9 +267,9 @@ def frequencies(
     root = root_of(name, data_root, own_root(benchmark))
     benchmark = benchmark.for_split(split)
     with bar(f"count {name} {split}") as progress:
-        found = count(benchmark, root, workers=workers, progress=progress)
+        found = count(benchmark, root, workers=workers or 0, progress=progress)
     rows = _class_rows(benchmark, found)
-    if as_json:
+    if json:
         head = {"benchmark": benchmark.name, "split": split, "files": found.files, "ignored": found.ignored}
         print_json({**head, "classes": rows})
     else:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import bar, print_json, print_rich, print_text, say
-from ovbench.errors import DataError, UsageError, unknown_name
+from ovbench.cli.inputs import require_split, root_of, thread_count
+from ovbench.errors import DataError
 
 if TYPE_CHECKING:
     from ovbench.benchmarks.benchmark import Benchmark
@@ -18,19 +20,11 @@ if TYPE_CHECKING:
 _UNKNOWN = "not known"
 
 
-def root_of(name: str, given: Path | None, own: Path | None) -> Path:
-    """The data root of a command: what was given, or what a benchmark of one's own brings along."""
-    root = given or own
-    if root is None:
-        raise UsageError(f"Where is the {name} data? Give its folder with --data-root DIR.")
-    return root
-
-
 def data_list(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Show all that is known of these; else a table.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: o.Json = False,
 ) -> None:
     """Show what each benchmark needs: files, size, licence, where they come from, and the layout that is expected.
 
@@ -44,7 +38,7 @@ def data_list(
     from ovbench.benchmarks import names as known
 
     entries = [_entry(get(name)) for name in dict.fromkeys(names or known())]
-    if as_json:
+    if json:
         print_json(entries)
     elif names:
         for entry in entries:
@@ -132,10 +126,10 @@ def _details(entry: dict[str, Any]) -> str:
 
 def data_download(
     name: Annotated[str, typer.Argument(help="Benchmark ('ovbench data list').")],
-    out: Annotated[Path, typer.Option(help="Folder for the archives.")] = Path("data/downloads"),
-    split: Annotated[str, typer.Option(help="val, train (where the benchmark has it), or all.")] = "val",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched; fetch nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    out: o.DefaultOut = Path("data/downloads"),
+    split: o.Split = "val",
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
 ) -> None:
     """Fetch the files of a benchmark that have a public address, and say what has to be fetched by hand.
 
@@ -152,11 +146,10 @@ def data_download(
     from ovbench.benchmarks.download import download
     from ovbench.benchmarks.download.downloads import needed
 
-    if split not in ("val", "train", "all"):
-        raise unknown_name("split", split, ("val", "train", "all"))
+    require_split(split)
     _say_terms(needed(get(name), split))
     made = download(name, out, split=split, dry_run=dry_run, bar=lambda one: bar(one.name, of_bytes=True))
-    if as_json:
+    if json:
         print_json(made.to_json())
     else:
         _print_downloaded(made)
@@ -189,15 +182,13 @@ def _print_downloaded(made: Downloaded) -> None:
 
 def data_fingerprint(
     name: Annotated[str, typer.Argument(help="Benchmark ('ovbench list datasets'), or the path of your own.")],
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the dataset, or one above it; not needed for a folder of your own.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="val, or train where the benchmark has it.")] = "val",
+    data_root: o.DataRoot = None,
+    split: o.Split = "val",
     content: Annotated[
         bool, typer.Option("--content", help="Read all files as well: a sha256 over what is in them.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads of --content; by default one per core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    workers: o.Workers = None,
+    json: o.Json = False,
 ) -> None:
     """Print the fingerprint that records name a dataset by: over names and sizes of all images and labels.
 
@@ -217,8 +208,8 @@ def data_fingerprint(
     over = None
     if content:
         with bar(f"read {name} {split}") as progress:
-            over = content_fingerprint(benchmark, root, workers=workers, progress=progress)
-    if as_json:
+            over = content_fingerprint(benchmark, root, workers=thread_count(workers), progress=progress)
+    if json:
         where = str(benchmark.resolve_root(root))
         head = {"benchmark": benchmark.name, "version": benchmark.version, "split": split, "root": where}
         print_json({**head, "fingerprint": found, "content_sha256": over})

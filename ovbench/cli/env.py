@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich
-from ovbench.errors import UsageError
+from ovbench.cli.inputs import default_device
 
 
 def env(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one when left out.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: o.Device = None,
+    json: o.Json = False,
 ) -> None:
     """Shows the machine, the precision settings, package versions and the code's commit.
 
@@ -21,19 +20,13 @@ def env(
     ovbench env
     ovbench env --json > env.json
     """
-    import torch
-
     from ovbench import __version__
     from ovbench.measure.environment import environment, git_state, package_versions
+    from ovbench.models.build import require_device
     from ovbench.paths import cache_dir
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"Unknown device '{device}'. Known: cpu, cuda, cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+    device = device or default_device()
+    require_device(device)
     facts = {
         "ovbench": __version__,
         "environment": environment(device),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich
 from ovbench.errors import unknown_name
 
@@ -15,7 +16,7 @@ Entries = list[dict[str, Any]]
 
 def list_names(
     what: Annotated[str | None, typer.Argument(help="methods, datasets or protocols; all three when left out.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: o.Json = False,
 ) -> None:
     """Lists the methods, datasets or protocols that there are.
 
@@ -54,7 +55,7 @@ def _datasets() -> Entries:
             "title": item.title,
             "version": item.version,
             "classes": item.num_classes,
-            "background": item.has_background,
+            "background": item.background is not None,
             "images": item.expected_images,
             "splits": list(item.splits),
             "group": item.group,

@@ -10,59 +10,81 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_text, progress, say
-from ovbench.cli.run import choose, default_device, parse_options
-from ovbench.errors import DataError, OvbenchError, RunError, UsageError
+from ovbench.cli.inputs import (
+    choose,
+    default_device,
+    overrides_of,
+    parse_options,
+    parse_window_batch,
+    read_classes,
+    weights_of,
+)
+from ovbench.errors import DataError, OvbenchError, RunError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from ovbench.models.base import Model
     from ovbench.words.class_list import ClassEntry
 
 # What --write may name, and how the file of each is called.
-KINDS = {"labels": "-labels.png", "overlay": "-overlay.png", "logits": "-logits.npz", "features": "-features.npz"}
+KINDS = {
+    "labels": "-labels.png",
+    "overlay": "-overlay.png",
+    "logits": "-logits.npz",
+    "features": "-features.npz",
+    "masks": "-masks.npz",
+}
 SHOWN = 10  # classes printed for one picture
 IN_LINE = 3  # classes printed for one of many
 
 
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures (JPEG, PNG, ...), or folders of pictures.")],
-    classes: Annotated[str, typer.Option(help="Words with commas between them, or a file: one class per line, 'name: synonym, synonym'.")],
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or a class in a file of your own: PATH.py:Class (runs the file).  [default: sc-clip]")] = None,
-    solver: Annotated[str | None, typer.Option(help="Discrepancy solver on the method's logits: op, mv, opmv, kl or propagate.")] = None,
-    base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on, the same as --method beside --solver.")] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip: clip, dino-b8, dinov2-s14, dinov2-b14, dinov2-b14-reg, sd2.")] = None,
-    attention_weights: Annotated[str | None, typer.Option(help="Its weights: a file (sd2: a folder) or 'random'.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file, 'random' or 'builtin'. Default: --pretrained openai.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or hf-hub:org/name.")] = None,
-    arch: Annotated[str | None, typer.Option(help="open_clip architecture.")] = None,
-    activation: Annotated[str, typer.Option(help="auto, gelu or quickgelu; only for weight files that do not tell.")] = "auto",
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Label PNG with a palette (class number per pixel).")] = None,
-    overlay: Annotated[Path | None, typer.Option("--overlay", "-o", help="Picture with the classes laid over it and a legend. Default without any output: IMAGE-overlay.png.")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out-dir", help="Folder for the results of several pictures: NAME-labels.png and NAME-overlay.png.")] = None,
-    write: Annotated[str | None, typer.Option("--write", help="What goes to --out-dir: some of labels, overlay, logits, features.  [default: labels,overlay]")] = None,
-    save_logits: Annotated[Path | None, typer.Option(help="npz: seg_logits (Q, H, W) float32, cosine, before scale and softmax.")] = None,
-    save_features: Annotated[Path | None, typer.Option(help="npz: features (N, D) float32 of the whole image, row by row, and grid (h, w).")] = None,
-    short_side: Annotated[int | None, typer.Option(min=0, help="Resize the short side to this many pixels; 0 = as it is. Default: the preset's.")] = None,
-    mode: Annotated[str | None, typer.Option(help="slide or whole.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Window side in pixels.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Window step in pixels.")] = None,
-    logit_scale: Annotated[float | None, typer.Option(help="Factor on the cosine logits before the softmax.")] = None,
-    prob_thd: Annotated[float | None, typer.Option(help="Below this probability: the first class.")] = None,
-    area_thd: Annotated[float | None, typer.Option(help="Classes with at most this share are dropped to the first class.")] = None,
-    templates: Annotated[str | None, typer.Option("--prompts", "--templates", metavar="NAME", help="How words become sentences: imagenet80, plain (the word alone), lsmseg[:ATTRIBUTE+...] (descriptions, 'ovbench prompts --help'), or a file: one template per line, or .json descriptions.")] = None,
-    patch_pad: Annotated[str | None, typer.Option(help="Input that is no multiple of the patch: none or symmetric.")] = None,
-    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that CAT-Seg cuts its windows from, or that CLIP sees beside a mask generator; 0 = off.")] = None,
-    pos_interp: Annotated[str | None, typer.Option(help="Position embeddings: offset, size or bilinear.")] = None,
-    upsample: Annotated[str | None, typer.Option(help="Patch logits to the picture's size: bilinear or jbu.")] = None,
-    pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.")] = None,
-    window_batch: Annotated[int | None, typer.Option(help="Windows per forward.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print shares of the classes and paths as JSON.")] = False,
+    classes: o.NeededClasses,
+    method: o.Method = None,
+    solver: o.Solver = None,
+    base: o.Base = None,
+    attention: o.Attention = None,
+    attention_weights: o.AttentionWeights = None,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = None,
+    arch: o.Arch = None,
+    activation: o.Activation = "auto",
+    option: o.MethodOptions = None,
+    out: o.Out = None,
+    overlay: Annotated[Path | None, typer.Option("--overlay", help="Picture with the classes laid over it and a legend. Default without any output: IMAGE-overlay.png.", rich_help_panel=o.WORK)] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out-dir", help="Folder for the results of several pictures: NAME-labels.png and NAME-overlay.png.", rich_help_panel=o.WORK)] = None,
+    write: Annotated[str | None, typer.Option("--write", help=f"What goes to --out-dir: some of {', '.join(KINDS)}.  [default: labels,overlay]", rich_help_panel=o.WORK)] = None,
+    save_logits: Annotated[Path | None, typer.Option(help="npz: seg_logits (Q, H, W) float32, cosine, before scale and softmax.", rich_help_panel=o.WORK)] = None,
+    save_masks: Annotated[Path | None, typer.Option(help="Mask-based methods, npz: masks (M, h, w) as logits, their embeddings (M, D) and scores (M, classes), words.", rich_help_panel=o.WORK)] = None,
+    save_features: Annotated[Path | None, typer.Option(help="npz: features (N, D) float32 of the whole image, row by row, and grid (h, w).", rich_help_panel=o.WORK)] = None,
+    short_side: o.ShortSide = None,
+    mode: o.Mode = None,
+    crop: o.Crop = None,
+    stride: o.Stride = None,
+    logit_scale: o.LogitScale = None,
+    prob_thd: o.ProbThd = None,
+    area_thd: o.AreaThd = None,
+    background: o.Background = None,
+    templates: o.Prompts = None,
+    patch_pad: o.PatchPad = None,
+    square: o.Square = None,
+    pad: o.Pad = None,
+    clip_resize: o.ClipResize = None,
+    pos_interp: o.PosInterp = None,
+    upsample: o.Upsample = None,
+    pamr: o.Pamr = None,
+    window_batch: o.WindowBatch = "auto",
+    dtype: o.Dtype = "float32",
+    device: o.Device = None,
+    seed: o.Seed = 0,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Segments pictures with your own words.
+
+    --out takes the label map: a PNG with a palette, the number of the class at each pixel. Without --method it is sc-clip,
+    without --weights and --pretrained on OpenAI's CLIP.
 
     \b
     Examples:
@@ -70,25 +92,25 @@ def predict(
     ovbench predict cat.jpg --classes classes.txt --method sc-clip --out label.png --save-logits logits.npz
     ovbench predict photos/ more.jpg --classes classes.txt --out-dir results
     """
-    from ovbench.words import class_list
-
+    given = locals()
     default = None if solver else "sc-clip"
-    method, options = choose(method or default, solver, base, attention, attention_weights, parse_options(option or []))
-    if weights and pretrained:
-        raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
-    targets = Targets(out, overlay, save_logits, save_features)
+    hint = "A picture to write is --overlay FILE, which -o was up to 0.1, or --out FILE."
+    chosen = parse_options(option, hint=hint)
+    method, options = choose(method or default, solver, base, attention, attention_weights, chosen)
+    source = weights_of(weights, pretrained)
+    targets = Targets(out, overlay, save_logits, save_features, save_masks)
     many = out_dir is not None or len(images) > 1 or images[0].is_dir()
     kinds = _require_fitting(targets, out_dir, write, many)
     if not many and targets.empty and not json:
         targets = Targets(overlay=images[0].with_name(f"{images[0].stem}-overlay.png"))
-    entries = class_list.read(classes)
-    source = weights or pretrained or "openai"
+    entries = read_classes(classes).entries
+    names = [entry.name for entry in entries]
+    if background is not None and background not in names:
+        raise unknown_name("class for --background", background, names)
     settings: dict[str, Any] = {
         "weights": source, "arch": arch, "activation": activation, "dtype": dtype, "device": device or default_device(),
-        "window_batch": window_batch, "seed": seed, "method_options": options,
-        "short_side": short_side, "mode": mode, "crop": crop, "stride": stride, "logit_scale": logit_scale,
-        "prob_thd": prob_thd, "area_thd": area_thd, "templates": templates, "patch_pad": patch_pad,
-        "pos_interp": pos_interp, "upsample": upsample, "pamr": pamr, "square": square,
+        "window_batch": parse_window_batch(window_batch), "seed": seed, "method_options": options, **overrides_of(given),
+        "background": "named" if background is None else names.index(background),
     }  # fmt: skip
     facts = {"method": method, "weights": source, "demo": source == "builtin"}
     if many:
@@ -106,6 +128,7 @@ class Targets:
     overlay: Path | None = None
     logits: Path | None = None
     features: Path | None = None
+    masks: Path | None = None
 
     @property
     def empty(self) -> bool:
@@ -163,6 +186,10 @@ class Predictor:
 
         image = pictures.read_rgb(path)
         model, (height, width) = self.model(), image.shape[:2]
+        if targets.masks is not None and not model.gives_segments:
+            raise UsageError(
+                f"{self.method} has no masks to save: choose a mask-based method ('ovbench list methods')."
+            )
         small = pictures.resize_short_side(image, model.protocol.short_side, model.protocol.long_side)
         network_input = torch.from_numpy(small).permute(2, 0, 1)
         arrays: dict[str, dict[str, Any]] = {}
@@ -176,6 +203,8 @@ class Predictor:
                 features = model.dense_features(network_input).cpu().numpy()
                 h, w, _ = features.shape
                 arrays["features"] = {"features": features.reshape(h * w, -1), "grid": [h, w]}
+            if targets.masks is not None:
+                arrays["masks"] = {**model.arrays(found), "classes": self.names}  # type: ignore[operator]
         palette = colours.for_classes(self.names)
         for kind, target in targets.given().items():
             with _writing(target):
@@ -226,7 +255,10 @@ def _require_fitting(targets: Targets, out_dir: Path | None, write: str | None, 
     if out_dir is None:
         raise UsageError("Several pictures need a folder for their results: give --out-dir DIR.")
     if not targets.empty:
-        options = {"labels": "--out", "overlay": "--overlay", "logits": "--save-logits", "features": "--save-features"}
+        options = {
+            "labels": "--out", "overlay": "--overlay", "logits": "--save-logits", "features": "--save-features",
+            "masks": "--save-masks",
+        }  # fmt: skip
         named = ", ".join(options[kind] for kind in targets.given())
         raise UsageError(
             f"{named} names the file of one picture. With --out-dir choose what is written with --write, e.g. --write "
@@ -256,7 +288,7 @@ def _many(
     images: Sequence[Path], out_dir: Path, kinds: list[str], predictor: Predictor, facts: dict[str, Any], json: bool
 ) -> None:
     """Every picture after the other; a broken one is named and left out, and the status tells at the end."""
-    from ovbench.cli.inputs import gather
+    from ovbench.cli.pictures import gather
 
     chosen = gather(images, out_dir)
     with _writing(out_dir):

@@ -4,61 +4,64 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich, print_text, say
-from ovbench.cli.run import choose, parse_options, parse_window_batch
+from ovbench.cli.inputs import choose, overrides_of, parse_options, parse_window_batch, read_classes
 from ovbench.errors import UsageError
 
 if TYPE_CHECKING:
     from ovbench.measure.profile.record import ProfileEfficiency, ProfileRecord, ProfileSpec
     from ovbench.results.record import Latency
 
-WHAT, PROTOCOL, WORK = "What to profile", "Whole image", "How to measure"
-
 
 def profile(
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Method ('ovbench list methods'), or PATH.py:Class. Of closed-set methods the whole network, or with --part decode_head the head.", rich_help_panel=WHAT)] = None,
-    solver: Annotated[str | None, typer.Option(help="Discrepancy solver, as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
-    base: Annotated[str | None, typer.Option(help="Method whose logits a solver works on.", rich_help_panel=WHAT)] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention source of a solver or of proxyclip.", rich_help_panel=WHAT)] = None,
-    attention_weights: Annotated[str | None, typer.Option(help="Its weights. Default: random where --weights is random or builtin.", rich_help_panel=WHAT)] = None,
-    part: Annotated[str | None, typer.Option(help="decode_head: a closed-set head alone, on features of its encoder (--arch; default resnet50-v1c).", rich_help_panel=WHAT)] = None,
-    arch: Annotated[str | None, typer.Option(help="open_clip architecture (default ViT-B-16), or a closed-set method's encoder.", rich_help_panel=WHAT)] = None,
-    weights: Annotated[str, typer.Option(help="random (nothing is downloaded, the cost is the same), builtin, a tag or a file.", rich_help_panel=WHAT)] = "random",
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method; may be repeated.", rich_help_panel=WHAT)] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Benchmark whose preset values and class words are meant; no data is read.", rich_help_panel=WHAT)] = None,
-    classes: Annotated[str | None, typer.Option(metavar="N|DATASET", help="Number of classes, or a benchmark that has them. Default: the dataset's, else 21 (heads: 150).", rich_help_panel=WHAT)] = None,
-    features: Annotated[str | None, typer.Option(metavar="HxW", help="Decode heads: grid of the stride-8 stages (default 64x64), or the four grids of C1 to C4 with commas.", rich_help_panel=WHAT)] = None,
-    input: Annotated[str | None, typer.Option("--input", metavar="HxW", help="Whole image at the network's input size. Default: the protocol's short side at 4:3.", rich_help_panel=PROTOCOL)] = None,
-    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Preset; 'paper' is the method's own.", rich_help_panel=PROTOCOL)] = "paper",
-    mode: Annotated[str | None, typer.Option(help="slide or whole.", rich_help_panel=PROTOCOL)] = None,
-    crop: Annotated[int | None, typer.Option(help="Window side in pixels.", rich_help_panel=PROTOCOL)] = None,
-    stride: Annotated[int | None, typer.Option(help="Window step in pixels.", rich_help_panel=PROTOCOL)] = None,
-    square: Annotated[int | None, typer.Option(min=0, help="Side of the square that is resized to; 0 = off.", rich_help_panel=PROTOCOL)] = None,
-    upsample: Annotated[str | None, typer.Option(help="bilinear or jbu.", rich_help_panel=PROTOCOL)] = None,
-    pamr: Annotated[int | None, typer.Option(help="Iterations of PAMR; 0 = off.", rich_help_panel=PROTOCOL)] = None,
-    patch_pad: Annotated[str | None, typer.Option(help="none or symmetric.", rich_help_panel=PROTOCOL)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images (or inputs of a forward) per step; times are shared out.", rich_help_panel=WORK)] = 1,
-    window_batch: Annotated[str, typer.Option(metavar="auto|N", help="Windows per forward of a whole image.", rich_help_panel=WORK)] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=WORK)] = "float32",
-    compile_mode: Annotated[str, typer.Option("--compile", metavar="MODE", help="torch.compile: off, default, reduce-overhead or max-autotune.", rich_help_panel=WORK)] = "off",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: OMP_NUM_THREADS, else all cores.", rich_help_panel=WORK)] = None,
-    count: Annotated[str, typer.Option(help="Convention of MACs and FLOPs: torch; fvcore (as detectron2-based papers print); modules (convolutions and linear layers, as mmcv- and thop-based papers print).", rich_help_panel=WORK)] = "torch",
-    samples: Annotated[int, typer.Option(min=1, help="Timed passes of each latency.", rich_help_panel=WORK)] = 30,
-    repeat: Annotated[int, typer.Option(min=1, help="Fresh processes one after another.", rich_help_panel=WORK)] = 1,
-    throughput: Annotated[bool, typer.Option("--throughput/--no-throughput", help="Search the batch with the highest throughput.", rich_help_panel=WORK)] = True,
-    params_only: Annotated[bool, typer.Option("--params-only", help="Parameters alone.", rich_help_panel=WORK)] = False,
-    save: Annotated[bool, typer.Option("--save", help="Store the profile below --results.", rich_help_panel=WORK)] = False,
-    results: Annotated[Path, typer.Option(help="Root folder of stored profiles.", rich_help_panel=WORK)] = Path("results/profiles"),
-    seed: Annotated[int, typer.Option(help="Seed of random weights and of the input.", rich_help_panel=WORK)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON with the keys of a record's efficiency.", rich_help_panel=WORK)] = False,
+    method: o.Method = None,
+    solver: o.Solver = None,
+    base: o.Base = None,
+    attention: o.Attention = None,
+    attention_weights: o.AttentionWeights = None,
+    part: Annotated[str | None, typer.Option(help="decode_head: a closed-set head alone, on features of its encoder (--arch; default resnet50-v1c).", rich_help_panel=o.WHAT)] = None,
+    arch: o.Arch = None,
+    weights: o.Weights = None,
+    option: o.MethodOptions = None,
+    dataset: o.Dataset = None,
+    classes: o.Classes = None,
+    num_classes: o.NumClasses = None,
+    features: Annotated[str | None, typer.Option(metavar="HxW", help="Decode heads: grid of the stride-8 stages (default 64x64), or the four grids of C1 to C4 with commas.", rich_help_panel=o.WHAT)] = None,
+    input: Annotated[str | None, typer.Option("--input", metavar="HxW", help="Whole image at the network's input size. Default: the protocol's short side at 4:3.", rich_help_panel=o.PROTOCOL)] = None,
+    protocol: o.Preset = "paper",
+    mode: o.Mode = None,
+    crop: o.Crop = None,
+    stride: o.Stride = None,
+    square: o.Square = None,
+    upsample: o.Upsample = None,
+    pamr: o.Pamr = None,
+    patch_pad: o.PatchPad = None,
+    batch: o.Batch = None,
+    window_batch: o.WindowBatch = "auto",
+    device: o.Device = None,
+    dtype: o.Dtype = "float32",
+    compile_mode: o.Compile = "off",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: OMP_NUM_THREADS, else all cores.", rich_help_panel=o.WORK)] = None,
+    count: Annotated[str, typer.Option(help="Convention of MACs and FLOPs: {conventions}; fvcore as detectron2-based papers print, modules (convolutions and linear layers) as mmcv- and thop-based papers print.", rich_help_panel=o.WORK)] = "torch",
+    samples: Annotated[int, typer.Option(min=1, help="Timed passes of each latency.", rich_help_panel=o.WORK)] = 30,
+    repeat: Annotated[int, typer.Option(min=1, help="Fresh processes one after another.", rich_help_panel=o.WORK)] = 1,
+    throughput: Annotated[bool, typer.Option("--throughput/--no-throughput", help="Search the batch with the highest throughput.", rich_help_panel=o.WORK)] = True,
+    params_only: Annotated[bool, typer.Option("--params-only", help="Parameters alone.", rich_help_panel=o.WORK)] = False,
+    save: Annotated[bool, typer.Option("--save", help="Store the profile below --profiles.", rich_help_panel=o.WORK)] = False,
+    profiles: o.Profiles = None,
+    seed: o.Seed = 0,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Measures parameters, MACs, latency, throughput and memory of a method, in a fresh process with fixed threads.
+
+    Needs no data and, with weights that are random unless --weights says otherwise, no download. A benchmark, by --dataset
+    or --classes, brings its preset values and class words; without classes there are 21, of a decode head 150. Of a
+    closed-set method the whole network is measured, with --part decode_head the head. Times of a --batch are shared out.
 
     \b
     Examples:
@@ -67,30 +70,29 @@ def profile(
     ovbench profile -m clip --count fvcore --json
     ovbench profile -m psp --part decode_head --features 64x64 --count modules
     """
-    options = parse_options(option or [])
+    given = locals()
+    options = parse_options(option)
     if part is None:
         method, options = choose(method, solver, base, attention, attention_weights, options)
     elif method is None or solver or base or attention or attention_weights:
         raise UsageError("--part decode_head needs --method, a decode head, and none of the options of a solver.")
     fields: dict[str, Any] = {
-        "method": method, "method_options": options, "part": part, "arch": arch, "weights": weights,
-        "dataset": dataset, "batch": batch, "window_batch": parse_window_batch(window_batch), "device": device,
+        "method": method, "method_options": options, "part": part, "arch": arch, "weights": weights or "random",
+        "dataset": dataset, "batch": batch or 1, "window_batch": parse_window_batch(window_batch), "device": device,
         "dtype": dtype, "compile_mode": compile_mode, "threads": threads, "count": count, "samples": samples,
         "repeat": repeat, "throughput": throughput, "params_only": params_only, "seed": seed,
     }  # fmt: skip
-    overrides = {
-        "mode": mode, "crop": crop, "stride": stride, "square": square, "upsample": upsample, "pamr": pamr,
-        "patch_pad": patch_pad,
-    }  # fmt: skip
+    fields |= _class_fields(dataset, classes, num_classes)
+    overrides = overrides_of(given)
     if part is None:
-        spec = _method_spec(fields, classes, input, features, protocol, overrides)
+        spec = _method_spec(fields, input, features, protocol, overrides)
     else:
-        spec = _head_spec(fields, classes, input, features, overrides)
+        spec = _head_spec(fields, input, features, overrides)
     from ovbench.measure.profile.launch import profile as measure
-    from ovbench.measure.profile.record import write
+    from ovbench.measure.profile.record import DEFAULT_ROOT, write
 
     record = measure(spec, command=shlex.join(["ovbench", *sys.argv[1:]]), on_message=say)
-    path = write(record, results) if save else None
+    path = write(record, profiles or DEFAULT_ROOT) if save else None
     for line in _warnings(record):
         say(f"Warning: {line}")
     if json:
@@ -101,13 +103,27 @@ def profile(
         say(f"profile  {path}")
 
 
+def _class_fields(dataset: str | None, classes: str | None, number: int | None) -> dict[str, Any]:
+    """The fields of the spec that say which classes are meant."""
+    if classes is None:
+        return {"classes": number}
+    if classes.isdecimal():
+        raise UsageError(
+            f"--classes {classes}: a number of classes is --num-classes {classes} now; --classes takes words, a file or a "
+            "benchmark's name, as everywhere."
+        )
+    if number is not None:
+        raise UsageError("--classes and --num-classes both say how many classes there are: give one of them.")
+    found = read_classes(classes)
+    if found.benchmark is None:
+        return {"classes": len(found.entries), "words": sum(map(len, found.words))}
+    if dataset is not None:
+        raise UsageError("--dataset and --classes both name a benchmark: give one of them, or --num-classes N.")
+    return {"dataset": found.benchmark}
+
+
 def _method_spec(
-    fields: dict[str, Any],
-    classes: str | None,
-    input: str | None,
-    features: str | None,
-    preset: str,
-    overrides: dict[str, Any],
+    fields: dict[str, Any], input: str | None, features: str | None, preset: str, overrides: dict[str, Any]
 ) -> ProfileSpec:
     """The spec of an open-vocabulary method, its names checked before any process starts."""
     from ovbench import benchmarks
@@ -118,26 +134,15 @@ def _method_spec(
     if features is not None:
         raise UsageError("--features is the input of a decode head: say --part decode_head, or give --input HxW.")
     method_info(fields["method"])
-    number = None
-    if classes is not None and classes.isdigit() and int(classes) > 0:
-        number = int(classes)
-    elif classes is not None:
-        if fields["dataset"] is not None:
-            raise UsageError("--dataset and --classes both name a benchmark: give --classes a number, or one of them.")
-        if classes.isdigit():
-            raise UsageError("--classes 0: at least one class is needed.")
-        fields["dataset"] = classes
     if fields["dataset"] is not None:
         benchmarks.get(fields["dataset"])
     protocol = specs.protocol(preset, fields["dataset"], method=fields["method"], templates="plain", **overrides)
-    spec: ProfileSpec = specs.validated(
-        ProfileSpec, {**fields, "classes": number, "input": input, "protocol": protocol}
-    )
+    spec: ProfileSpec = specs.validated(ProfileSpec, {**fields, "input": input, "protocol": protocol})
     return spec
 
 
 def _head_spec(
-    fields: dict[str, Any], classes: str | None, input: str | None, features: str | None, overrides: dict[str, Any]
+    fields: dict[str, Any], input: str | None, features: str | None, overrides: dict[str, Any]
 ) -> ProfileSpec:
     """The spec of a closed-set decode head."""
     from ovbench import benchmarks
@@ -150,14 +155,13 @@ def _head_spec(
     given = [name for name, value in {"input": input, **overrides}.items() if value is not None]
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --classes N.")
+        raise UsageError(f"{names}: a decode head works on features alone. Give --features HxW and --num-classes N.")
     hosts.head_config(hosts.addon_and_host(fields["method"])[1], encoder=fields["arch"])
     hosts.feature_grids(features or "64x64")
-    chosen = classes or fields["dataset"]
-    number = None
-    if chosen is not None:
-        number = int(chosen) if chosen.isdigit() else benchmarks.get(chosen).num_classes
-    spec: ProfileSpec = validated(ProfileSpec, {**fields, "classes": number, "features": features})
+    if fields["dataset"] is not None and fields["classes"] is None:
+        fields["classes"] = benchmarks.get(fields["dataset"]).num_classes
+    fields["words"] = None
+    spec: ProfileSpec = validated(ProfileSpec, {**fields, "features": features})
     return spec
 
 

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich, print_text, progress, say
+from ovbench.cli.inputs import read_classes
+from ovbench.cli.known import Verb
 from ovbench.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -22,20 +25,13 @@ app = typer.Typer(
 PROBLEMS_SHOWN = 40
 
 
-@app.command()
+@app.command(cls=Verb)
 def show(
     words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Class words.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="All words of a benchmark ('ovbench list datasets').")
-    ] = None,
-    attributes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A+B", help="Attributes of the sentence, in this order.  [default: size+shape+texture+colour]"
-        ),
-    ] = None,
+    dataset: o.Dataset = None,
+    attributes: o.Attributes = None,
     file: Annotated[Path | None, typer.Option(help="Descriptions of your own (.json) instead of lsmseg.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print words, sentences and attributes as JSON.")] = False,
+    json: o.Json = False,
 ) -> None:
     """Shows the sentences of words, as --prompts gives them to the text encoder, and what is known of each.
 
@@ -67,25 +63,18 @@ def _entries(prompts: Described, words: list[str]) -> Iterator[dict[str, Any]]:
         yield {"word": word, "called": found[1], "sentences": sentences, "attributes": dict(found[0].attributes)}
 
 
-@app.command()
+@app.command(cls=Verb)
 def check(
     file: Annotated[
         Path | None, typer.Argument(help="Descriptions of your own (.json); else those of ovbench.")
     ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dataset",
-            "-d",
-            help="Benchmark whose words must be there; may be repeated.  [default: all, for ovbench's own]",
-        ),
-    ] = None,
-    attributes: Annotated[
-        str | None, typer.Option(metavar="A+B", help="Attributes whose sentences are measured.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print figures and problems as JSON.")] = False,
+    dataset: o.SeveralDatasets = None,
+    attributes: o.Attributes = None,
+    json: o.Json = False,
 ) -> None:
     """Checks descriptions: format, every word and attribute present, lengths in CLIP's tokens, repeated phrases.
+
+    Of ovbench's own the words of all benchmarks must be there, of a file those of --dataset, which may be given several times.
 
     \b
     Examples:
@@ -132,7 +121,7 @@ def check(
         print_text("No problems.")
 
 
-@app.command()
+@app.command(cls=Verb)
 def generate(
     endpoint: Annotated[
         str,
@@ -141,21 +130,11 @@ def generate(
         ),
     ],
     model: Annotated[str, typer.Option(help="Model, as the endpoint calls it.")],
-    classes: Annotated[
-        str | None, typer.Option(help="Class list: a file with one class per line, or words with commas.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="All words of a benchmark.")] = None,
-    attributes: Annotated[
-        str,
-        typer.Option(
-            metavar="A+B|all",
-            help="What is asked about; all: colour, shape, size, texture, material, position, pattern, state, context.",
-        ),
-    ] = "all",
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("prompts.json"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the file; ask again for what is missing.")
-    ] = False,
+    classes: o.Classes = None,
+    dataset: o.Dataset = None,
+    attributes: o.Attributes = None,
+    out: o.DefaultOut = Path("prompts.json"),
+    resume: o.Resume = False,
     key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable that holds the API key, if one is needed.")
     ] = None,
@@ -164,7 +143,7 @@ def generate(
     """Has a language model describe classes: one question per class and attribute, the thesis' own.
 
     Nothing is sent anywhere but to the endpoint that you name. The file is whole after every class; answers are cached.
-    Read what was written before you use it: models invent.
+    With --resume what is missing is asked for again. Read what was written before you use it: models invent.
 
     \b
     Examples:
@@ -173,19 +152,18 @@ def generate(
     ovbench prompts check prompts.json
     ovbench predict shore.jpg --classes "walrus, sea otter" --prompts prompts.json
     """
-    from ovbench.words import class_list
     from ovbench.words.prompts import ATTRIBUTES
     from ovbench.words.prompts import generate as write
     from ovbench.words.prompts.chat import Chat
     from ovbench.words.prompts.sentences import parse_attributes
 
     if (classes is None) == (dataset is None):
-        raise UsageError("Which classes? Give --classes FILE, or --dataset NAME.")
-    chosen = ATTRIBUTES if attributes == "all" else parse_attributes(attributes, ATTRIBUTES)
+        raise UsageError("Which classes? Give --classes, or --dataset NAME.")
+    chosen = ATTRIBUTES if attributes in (None, "all") else parse_attributes(attributes, ATTRIBUTES)
     if not chosen:
         raise UsageError("--attributes name: there is nothing to ask about a bare name.")
     if classes is not None:
-        words = [word for entry in class_list.read(classes) for word in entry.words]
+        words = [word for words in read_classes(classes).words for word in words]
     else:
         words = _vocabulary(str(dataset), every_wording=False)
     key = None
@@ -205,8 +183,11 @@ def generate(
 
 def _prompts(file: Path | None, attributes: str | None) -> Described:
     """The prompts of a file or of ovbench under chosen attributes."""
-    from ovbench.words.prompts import described
+    from ovbench.words.prompts import ATTRIBUTES, described
     from ovbench.words.prompts.sentences import FILE_SUFFIX, SHIPPED
+
+    if attributes == "all":
+        attributes = "+".join(ATTRIBUTES)
 
     if file is not None and file.suffix != FILE_SUFFIX:
         raise UsageError(f"'{file}': descriptions are a {FILE_SUFFIX} file, see docs/prompts.md.")

@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_text, say
 from ovbench.errors import DataError, RunError
 
 
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results/runs"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
-    profiles: Annotated[
-        Path | None, typer.Option(help="Folder of the profiles; left out: 'profiles' beside --results.")
-    ] = None,
+    results: o.Results = o.RUNS,
+    out: o.DefaultOut = Path("report.html"),
+    profiles: o.Profiles = None,
     gallery_kb: Annotated[
         int, typer.Option("--gallery-kb", min=0, help="Size limit of each embedded gallery in kB; 0 leaves them out.")
     ] = 300,

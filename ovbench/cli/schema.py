@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json
 
 
 def schema(
-    json: Annotated[bool, typer.Option("--json", help="The schema is JSON with or without this.")] = False,
+    json: o.Json = False,
 ) -> None:
-    """Prints the JSON schema of a run record, with the unit of every figure.
+    """Prints the JSON schema of a run record, with the unit of every figure; it is JSON with or without --json.
 
     \b
     Examples:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import console, print_json, print_rich, print_text, say
-from ovbench.cli.run import parse_options, spec_of, terminable
+from ovbench.cli.inputs import parse_names, parse_options, require_own_scenes
+from ovbench.cli.run import spec_of, terminable
 from ovbench.errors import Interrupted, RunError, UsageError
 
 if TYPE_CHECKING:
     from ovbench.evaluate.sweep.job import Outcome
     from ovbench.evaluate.sweep.plan import Grid, Job
 
-WHAT, WHERE, WORK = "What to run", "Where to run it", "How to work"
+WHERE = "Where to run it"
 EXECUTORS = ("local", "ray", "slurm")
 Outcomes = dict[int, "Outcome"]
 
@@ -29,25 +31,25 @@ Outcomes = dict[int, "Outcome"]
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="YAML file with methods, datasets, data_root, demo, set and vary; a list of such mappings is several sweeps in one.")] = None,
     *,
-    methods: Annotated[str | None, typer.Option("--methods", "-m", metavar="A,B,...", help="Methods; 'all' are those of the open-vocabulary track, 'closed-set' those of the other.", rich_help_panel=WHAT)] = None,
-    datasets: Annotated[str | None, typer.Option("--datasets", "-d", metavar="A,B,...", help="Benchmarks; 'eight' are the customary eight, 'all' all.", rich_help_panel=WHAT)] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the datasets: customary layouts are found below it.", rich_help_panel=WHAT)] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Built-in CLIP on generated scenes.", rich_help_panel=WHAT)] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of 'ovbench run' for all runs, e.g. --set dtype=bfloat16 --set option.beta=0.3; may be repeated.", rich_help_panel=WHAT)] = None,
-    vary: Annotated[list[str] | None, typer.Option("--vary", metavar="KEY=VALUE", help="The same with several values: give it once for each, e.g. --vary stride=112 --vary stride=56. All combinations are run.", rich_help_panel=WHAT)] = None,
-    paper: Annotated[str | None, typer.Option(help="The runs and profiles of a paper's table, as 'ovbench table --paper' names it, in place of a grid; --methods and --datasets choose among them, --set replaces options.", rich_help_panel=WHAT)] = None,
-    number: Annotated[str | None, typer.Option("--table", help="Which table of --paper.", rich_help_panel=WHAT)] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also run what is recorded already.", rich_help_panel=WHAT)] = False,
-    executor: Annotated[str, typer.Option(help="local (this machine), ray or slurm.", rich_help_panel=WHERE)] = "local",
+    methods: o.Methods = None,
+    datasets: o.Datasets = None,
+    data_root: o.DataRoot = None,
+    demo: o.Demo = False,
+    settings: o.Settings = None,
+    vary: Annotated[list[str] | None, typer.Option("--vary", metavar="KEY=VALUE", help="The same with several values: give it once for each, e.g. --vary stride=112 --vary stride=56. All combinations are run.", rich_help_panel=o.WHAT)] = None,
+    paper: o.Paper = None,
+    number: o.PaperTable = None,
+    again: Annotated[bool, typer.Option("--again", help="Also run what is recorded already.", rich_help_panel=o.WHAT)] = False,
+    executor: Annotated[str, typer.Option(help=f"Where: {', '.join(EXECUTORS)}; local is this machine.", rich_help_panel=WHERE)] = "local",
     devices: Annotated[str | None, typer.Option(help="local: cpu, cuda (all GPUs) or a list such as cuda:0,cuda:2. Default: all GPUs, else the CPU.", rich_help_panel=WHERE)] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time: on each device (local), or of a Ray cluster on this machine without GPUs.", rich_help_panel=WHERE)] = 1,
     ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT|auto", help="ray: a cluster that runs already; without it one is started on this machine.", rich_help_panel=WHERE)] = None,
     retries: Annotated[int, typer.Option(min=0, help="ray: times that a run is started again when its worker dies.", rich_help_panel=WHERE)] = 2,
     slurm: Annotated[list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="slurm: option of the jobs, e.g. partition=gpu, gpus_per_node=1, timeout_min=240; may be repeated. cluster=local tries it without Slurm.", rich_help_panel=WHERE)] = None,
-    results: Annotated[Path, typer.Option(help="Root folder of the records.", rich_help_panel=WORK)] = Path("results/runs"),
-    logs: Annotated[Path, typer.Option(help="Root folder of the sweeps' logs.", rich_help_panel=WORK)] = Path("results/sweeps"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, their spec hashes and what is skipped, and stop.", rich_help_panel=WORK)] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WORK)] = False,
+    results: o.Results = o.RUNS,
+    logs: Annotated[Path, typer.Option(help="Root folder of the sweeps' logs.", rich_help_panel=o.WORK)] = Path("results/sweeps"),
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Runs methods on datasets, each run a process of its own; skips what is recorded and goes on after failures.
 
@@ -161,7 +163,7 @@ def _grids(
         for key, value in parse_options([pair], "--vary").items():
             varied[key] = (*varied.get(key, ()), value)
     names = {"methods": methods, "datasets": datasets}
-    given = {name: tuple(part.strip() for part in text.split(",")) for name, text in names.items() if text}
+    given = {name: tuple(parse_names(text, f"--{name}") or ()) for name, text in names.items() if text}
     if file is None:
         if len(given) < 2:
             raise UsageError("What to run? Give --methods A,B and --datasets A,B, or a YAML file that has both.")
@@ -175,8 +177,8 @@ def _grids(
             )
             for grid in read_grids(file)
         ]  # fmt: skip
-    if any(grid.demo and grid.data_root is not None for grid in grids):
-        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away.")
+    for grid in grids:
+        require_own_scenes(grid.demo, grid.data_root)
     return grids
 
 

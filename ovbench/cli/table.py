@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_rich, say
+from ovbench.cli.inputs import parse_names
 from ovbench.errors import RunError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -24,51 +27,44 @@ _FILE_WIDTH = 240
 
 
 def table(
-    paper: Annotated[
-        str | None,
-        typer.Option(
-            help="A paper's table: direct-seg, fisa, scn, thesis-caa, thesis-ecac or thesis-lsmseg; another printer, e.g. "
-            "naclip-repo; or a method, e.g. sc-clip: what each prints of it."
-        ),
-    ] = None,
-    number: Annotated[
-        str | None, typer.Option("--table", help="Which one, e.g. 1, 3a, 5.8 or complexity; left out: lists them.")
-    ] = None,
+    paper: o.Paper = None,
+    number: o.PaperTable = None,
     commands: Annotated[
-        bool, typer.Option("--commands", help="With --paper: the commands that make each row, as a shell script.")
+        bool,
+        typer.Option(
+            "--commands",
+            help="With --paper: the commands that make each row, as a shell script.",
+            rich_help_panel=o.WHAT,
+        ),
     ] = False,
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="With --paper: the preset that runs must be under; left out: each method's own."),
-    ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results/runs"),
-    profiles: Annotated[
-        Path | None, typer.Option(help="Folder of the profiles; left out: 'profiles' beside --results.")
-    ] = None,
-    methods: Annotated[str | None, typer.Option(help="Rows: method names, separated by commas.")] = None,
-    datasets: Annotated[str | None, typer.Option(help="Columns: dataset names, separated by commas.")] = None,
+    protocol: o.Preset = "paper",
+    results: o.Results = o.RUNS,
+    profiles: o.Profiles = None,
+    methods: o.Methods = None,
+    datasets: o.Datasets = None,
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Figures: miou, macc, aacc, pq, sq, rq, latency, images_per_s, gmacs and gflops (of a whole image), "
-            "forward_gmacs, params, memory; separated by commas. Left out: miou, and pq where there is some."
+            metavar="A,B,...",
+            help="Figures: {figures}. Left out: miou, and pq where there is some.",
+            rich_help_panel=o.WHAT,
         ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say for every cell which run it shows, which fit as well, which do not.")
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", "-f", help="rich, markdown, csv, json, latex (booktabs) or html.")
+        str, typer.Option("--format", "-f", help=f"{', '.join(_FORMATS)}; latex is for booktabs.")
     ] = "rich",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to a file instead of stdout.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    out: o.Out = None,
+    json: o.Json = False,
 ) -> None:
     """Shows the newest finished run of every method, setting and dataset, or a paper's table with ours beside it.
 
     Demo runs, partial runs and random weights stand in tables of their own, and never in a paper's. What still differs
     within a column (machine, dataset version, class wording) is said below it. In a paper's table a run must be under
-    the method's own protocol and options; where several fit a cell, the newest counts. Parameters, MACs and times may
-    come from 'ovbench profile --save', on random weights, which is said.
+    the method's own protocol (or that of --protocol) and options; where several fit a cell, the newest counts.
+    Parameters, MACs and times may come from 'ovbench profile --save', on random weights, which is said.
 
     \b
     Examples:
@@ -84,9 +80,8 @@ def table(
     if chosen not in _FORMATS:
         raise unknown_name("format", chosen, _FORMATS)
     if paper is None:
-        given = [
-            name for name, value in (("--table", number), ("--protocol", protocol), ("--commands", commands)) if value
-        ]
+        asked = (("--table", number is not None), ("--protocol", protocol != "paper"), ("--commands", commands))
+        given = [name for name, value in asked if value]
         if given:
             raise UsageError(f"{given[0]} belongs to --paper: name the paper.")
         arranged = _of_records(results, methods, datasets, columns)
@@ -115,28 +110,36 @@ def table(
 
 def _of_records(results: Path, methods: str | None, datasets: str | None, columns: str | None) -> Table:
     from ovbench import benchmarks
-    from ovbench.registry import method_info
+    from ovbench.registry import expand_methods
     from ovbench.results import store
     from ovbench.tables.runs import table as arrange
 
-    chosen_datasets = _names(datasets, "--datasets")
     records = store.load_all(results, on_problem=say)
-    for name in chosen_datasets or []:
-        if name not in {record.spec.dataset for record in records}:
-            benchmarks.get(name)  # an unknown name is an error, a known one without a run is a note
-    chosen_methods = _names(methods, "--methods")
+    recorded = {record.spec.dataset for record in records}
+    chosen_datasets = _chosen(parse_names(datasets, "--datasets"), recorded, benchmarks.expand)
     recorded = {record.spec.method for record in records}
-    for name in chosen_methods or []:
-        if name not in recorded:
-            method_info(name)
+    chosen_methods = _chosen(parse_names(methods, "--methods"), recorded, expand_methods)
     if chosen_datasets is None:
         used = {record.spec.dataset for record in records if record.status == "ok"}
         known = [name for name in benchmarks.names() if name in used]
         chosen_datasets = known + sorted(used.difference(known))
-    return arrange(records, chosen_methods, chosen_datasets, _names(columns, "--columns"))
+    return arrange(records, chosen_methods, chosen_datasets, parse_names(columns, "--columns"))
 
 
-def _of_paper(paper: str, number: str | None, protocol: str | None, results: Path, profiles: Path) -> Table | None:
+def _chosen(
+    given: list[str] | None, recorded: set[str], expand: Callable[[Iterable[str]], list[str]]
+) -> list[str] | None:
+    """Names as they are recorded, groups by what of them is; a known name without a run stays, and becomes a note."""
+    if given is None:
+        return None
+    found: list[str] = []
+    for name in given:
+        members = [name] if name in recorded else expand([name])
+        found += [member for member in members if member in recorded] or members
+    return list(dict.fromkeys(found))
+
+
+def _of_paper(paper: str, number: str | None, protocol: str, results: Path, profiles: Path) -> Table | None:
     """The paper's table; None where there was no more to show than a list of tables."""
     from ovbench.results import store
     from ovbench.results.measured import of_record
@@ -145,11 +148,10 @@ def _of_paper(paper: str, number: str | None, protocol: str | None, results: Pat
     from ovbench.tables.paper import arrange
 
     known = published.tables(paper)  # an unknown paper is an error
-    if protocol is not None:
-        from ovbench.spec import protocol_names
+    from ovbench.spec import protocol_names
 
-        if protocol not in [*protocol_names(), "paper"]:
-            raise unknown_name("protocol", protocol, [*protocol_names(), "paper"], "ovbench list protocols")
+    if protocol not in [*protocol_names(), "paper"]:
+        raise unknown_name("protocol", protocol, [*protocol_names(), "paper"], "ovbench list protocols")
     if number is None and len(known) > 1:
         _list_tables(paper, known)
         return None
@@ -250,13 +252,3 @@ def _rich_text(arranged: Table, explained: list[str]) -> str:
         buffer.write("".join(f"{note}\n" for note in section.notes))
     buffer.write("".join(f"{line}\n" for line in explained))
     return buffer.getvalue()
-
-
-def _names(text: str | None, option: str) -> list[str] | None:
-    """The names in a comma-separated option; None when it was not given."""
-    if text is None:
-        return None
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UsageError(f"{option} is empty. Give names separated by commas, or leave it out.")
-    return names

@@ -11,45 +11,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import console, print_json, print_rich, print_text, progress, say
-from ovbench.cli.run import default_device, parse_options
+from ovbench.cli.inputs import default_device, local_rank, parse_options, require_own_scenes
 from ovbench.cli.run import show as show_run
-from ovbench.errors import UsageError
 
 if TYPE_CHECKING:
     from ovbench.train.plan import Plan
     from ovbench.train.record import TrainRecord
 
-WHAT, HOW, WORK = "What to train", "Recipe (all recorded)", "How to work"
+HOW = "Recipe (all recorded)"
 
 
 def train(
     *,
-    method: Annotated[str, typer.Option("--method", "-m", help="Method that can be trained ('ovbench list methods').", rich_help_panel=WHAT)],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Benchmark with a training split ('ovbench list datasets').", rich_help_panel=WHAT)],
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset, or one above it.", rich_help_panel=WHAT)] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="A minute on generated scenes with a small encoder: tries the tool, proves nothing about the method.", rich_help_panel=WHAT)] = False,
-    arch: Annotated[str | None, typer.Option(help="Encoder, e.g. resnet50-v1c, resnet101-v1c, swin-b, mscan-b, tiny. Default: the method's.", rich_help_panel=WHAT)] = None,
-    weights: Annotated[str | None, typer.Option(help="What to start from. Closed-set methods: the encoder's pretrained weights (.safetensors, .pth) or 'random' (default). Others: CLIP's weights, an open_clip tag (default openai) or a file.", rich_help_panel=WHAT)] = None,
-    prompts: Annotated[str | None, typer.Option(help="How the words of classes become sentences, for methods that read words; as in 'ovbench run'.", rich_help_panel=WHAT)] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method, e.g. -o inter=false; may be repeated.", rich_help_panel=WHAT)] = None,
+    method: o.NeededMethod,
+    dataset: o.NeededDataset,
+    data_root: o.DataRoot = None,
+    demo: o.Demo = False,
+    arch: o.Arch = None,
+    weights: o.Weights = None,
+    templates: o.Prompts = None,
+    option: o.MethodOptions = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON or YAML file with fields of the recipe; those it lacks are the method's.", rich_help_panel=HOW)] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Field of the recipe, e.g. --set lr=0.005 --set iters=8000; may be repeated.", rich_help_panel=HOW)] = None,
+    changes: o.Settings = None,
     limit_iters: Annotated[int | None, typer.Option(min=1, help="Stop after N iterations of the schedule: a trial, whose results stay out of tables.", rich_help_panel=HOW)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.", rich_help_panel=HOW)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.", rich_help_panel=WORK)] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=WORK)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished training of the same spec; it ends in the same weights.", rich_help_panel=WORK)] = False,
-    checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Iterations between checkpoints.", rich_help_panel=WORK)] = 1000,
-    launcher: Annotated[str, typer.Option(help="none, pytorch (started by torchrun) or slurm: the batch is split over the processes.", rich_help_panel=WORK)] = "none",
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the losses for TensorBoard.", rich_help_panel=WORK)] = False,
-    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate the weights on the validation split afterwards.", rich_help_panel=WORK)] = True,
-    results: Annotated[Path, typer.Option(help="Root folder of the trainings.", rich_help_panel=WORK)] = Path("results/trainings"),
-    runs: Annotated[Path, typer.Option(help="Root folder of the evaluation's record.", rich_help_panel=WORK)] = Path("results/runs"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and trainable parameters, and stop.", rich_help_panel=WORK)] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the training's record (with --dry-run: its spec), alone on stdout.", rich_help_panel=WORK)] = False,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    workers: o.Workers = None,
+    resume: o.Resume = False,
+    checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Iterations between checkpoints.", rich_help_panel=o.WORK)] = 1000,
+    launcher: o.Launcher = "none",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the losses for TensorBoard.", rich_help_panel=o.WORK)] = False,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate the weights on the validation split afterwards.", rich_help_panel=o.WORK)] = True,
+    trainings: Annotated[Path, typer.Option("--trainings", help="Root folder of the trainings.", rich_help_panel=o.WORK)] = Path("results/trainings"),
+    runs: Annotated[Path, typer.Option("--runs", help="Root folder of the evaluation's record.", rich_help_panel=o.WORK)] = o.RUNS,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Trains a method with its recipe, keeps losses, checkpoints and provenance, and evaluates the result.
+
+    --weights is what is started from. Closed-set methods: pretrained weights of the encoder, random where left out. Others:
+    CLIP's, OpenAI's where left out. With --dry-run recipe and trainable parameters are printed, with --json the spec. A
+    training that is resumed ends in the same weights.
 
     \b
     Examples:
@@ -60,23 +64,23 @@ def train(
     torchrun --nproc-per-node 4 -m ovbench train -m psp -d ade20k --data-root ~/data --launcher pytorch
     ovbench run -m caa-psp -d ade20k --data-root ~/data --weights results/trainings/.../model.safetensors -p closed-set-ms
     """
-    if demo and data_root is not None:
-        raise UsageError("--demo makes its own scenes: leave --data-root away, or leave --demo away.")
-    if launcher not in {"none", "pytorch", "slurm"}:
-        raise UsageError(f"--launcher {launcher!r}: give none, pytorch or slurm.")
+    require_own_scenes(demo, data_root)
+    from ovbench.evaluate.ranks import require_launcher
+
+    require_launcher(launcher)
     from ovbench.train import processes
     from ovbench.train.plan import TrainOptions, plan
     from ovbench.train.training import train as start
 
     with _bars(launcher) as (on_iteration, on_count):
         where = TrainOptions(
-            data_root=data_root, results=results, resume=resume, workers=workers, checkpoint_every=checkpoint_every,
+            data_root=data_root, results=trainings, resume=resume, workers=workers, checkpoint_every=checkpoint_every,
             tensorboard=tensorboard, launcher=launcher, command=shlex.join(["ovbench", *sys.argv[1:]]),
             on_iteration=on_iteration, on_count=on_count, on_message=say,
         )  # fmt: skip
         planned = plan(
-            method, dataset, arch=arch, weights=weights, method_options=parse_options(option or []), recipe_file=recipe,
-            changes=parse_options(changes or [], "--set"), limit_iters=limit_iters, sentences=prompts, seed=seed,
+            method, dataset, arch=arch, weights=weights, method_options=parse_options(option), recipe_file=recipe,
+            changes=parse_options(changes, "--set"), limit_iters=limit_iters, sentences=templates, seed=seed,
             device=device or _own_device(launcher), demo=demo, options=where,
         )  # fmt: skip
         if dry_run:
@@ -125,13 +129,8 @@ def _sides(method: str, recipe: Any) -> dict[str, int]:
 
 def _own_device(launcher: str) -> str:
     """The default device, with several processes a GPU for each."""
-    import os
-
     device = default_device()
-    if device != "cuda" or launcher == "none":
-        return device
-    # slurm's own name: mmengine sets LOCAL_RANK only when it joins the processes
-    return f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0'))}"
+    return device if device != "cuda" or launcher == "none" else f"cuda:{local_rank()}"
 
 
 @contextmanager

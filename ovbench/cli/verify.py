@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_rich, print_text, progress, say
+from ovbench.cli.inputs import parse_options
 
 if TYPE_CHECKING:
     from ovbench.evaluate.verify import Verification
@@ -20,32 +22,18 @@ _SHOWN = 10
 
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Path of a record, a run id, or the beginning of one.")],
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the dataset; not for demo runs.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Only the first N images of the run.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda in place of the recorded device.")] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights file; its sha256 must be the recorded one. Needed where a file was used."),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", "-m", help="PATH.py:Class, where the method is your own.")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="Folder or config, where the benchmark is your own.")
-    ] = None,
-    wording: Annotated[
-        str | None, typer.Option(help="Class list file, where one was used and lies elsewhere now.")
-    ] = None,
-    templates: Annotated[
-        str | None, typer.Option("--prompts", "--templates", help="File of templates or descriptions, likewise.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the method in place of the recorded one."),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the records, where RUN is an id.")] = Path("results/runs"),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    data_root: o.DataRoot = None,
+    limit: o.Limit = None,
+    device: o.Device = None,
+    weights: o.Weights = None,
+    method: o.Method = None,
+    dataset: o.Dataset = None,
+    wording: o.Wording = None,
+    templates: o.Prompts = None,
+    option: o.MethodOptions = None,
+    workers: o.Workers = None,
+    results: o.Results = o.RUNS,
+    json: o.Json = False,
 ) -> None:
     """Runs a record's spec again and says whether the areas of every image come out again.
 
@@ -53,16 +41,19 @@ def verify(
     pixels at least, and what that does to the mIoU. Besides, every field of machine, packages, code, data and spec that
     differs. The repeated run is not stored.
 
+    All is as recorded. Files of your own are to be named again, from where they lie now: weights (whose sha256 must be the
+    recorded one), --method PATH.py:Class, --dataset, --wording, --prompts; --option replaces a recorded one, --results is
+    where RUN is an id.
+
     Exit codes: 0 all areas agree; 6 areas differ; others as everywhere. With the recorded window batch 'auto', another
     machine may move single pixels; 'ovbench run --window-batch N' does not leave that to memory.
 
     \b
     Examples:
     ovbench verify results/runs/sc-clip/voc21/20261121T071431Z-03ffc8b1-5f4f.json --data-root ~/data
-    ovbench verify 20261121T0714 --images 20 --data-root ~/data
+    ovbench verify 20261121T0714 --limit 20 --data-root ~/data
     ovbench verify run.json --weights ViT-B-16.safetensors --data-root ~/data --json
     """
-    from ovbench.cli.run import parse_options
     from ovbench.results.compare import find
 
     loaded = find(run, results)
@@ -70,8 +61,8 @@ def verify(
     from ovbench.evaluate.verify import verify as repeat
 
     given = Given(
-        data_root=data_root, weights=weights, method=method, dataset=dataset, wording=wording, templates=templates,
-        options=parse_options(option or []), device=device, images=images, workers=workers,
+        data_root=data_root, weights=Path(weights) if weights else None, method=method, dataset=dataset, wording=wording,
+        templates=templates, options=parse_options(option), device=device, images=limit, workers=workers,
     )  # fmt: skip
     with progress("images") as on_images:
         found = repeat(loaded.record, loaded.path, given, on_images=on_images, on_message=say)

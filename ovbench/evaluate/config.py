@@ -58,12 +58,15 @@ def mmengine_config(spec: RunSpec, options: RunOptions) -> dict[str, Any]:
         "protocol": spec.protocol.model_dump(mode="json"),
         "method_options": resolved.chosen(),
     }
+    if info.takes_words:
+        model["background"] = benchmark.background
     short_side = 0 if views_inside(spec.protocol) else spec.protocol.short_side
     dataset = benchmark.dataset_cfg(root, short_side=short_side, long_side=spec.protocol.long_side)
     dataset["data_root"] = str(Path(dataset["data_root"]).resolve())
     if spec.limit is not None:
         dataset["indices"] = spec.limit
-    imports = ["ovbench.mm.segmentor"] + ["ovbench.mm.panoptic_dataset"] * (benchmark.panoptic is not None)
+    loading = "label_loading" if benchmark.panoptic is None else "panoptic_dataset"
+    imports = ["ovbench.mm.segmentor", f"ovbench.mm.{loading}"]
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": imports, "allow_failed_imports": False},

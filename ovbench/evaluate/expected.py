@@ -6,7 +6,6 @@ left that may differ, a record is not the same, and the run itself finds out (``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovbench.evaluate.inputs import classes_of, data_of
 from ovbench.hashing import sha256_of_file
+from ovbench.models.backbone_constants import Backbone, backbone_named, in_force
 from ovbench.paths import user_path
 from ovbench.results import store
 from ovbench.results.record import RunRecord
@@ -140,21 +140,32 @@ def _open_vocabulary(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:
     from ovbench.models.method import Method
 
     cls = resolved.cls
-    options, adds = _options(cls, resolved.config), cls.options is not Method.options
     # A method that reads its files itself may find other things in them than a CLIP.
     if path.is_file() and cls.load.__func__ is not Method.load.__func__:  # type: ignore[attr-defined]
-        return _Found(options, {"weights_sha256": sha256_of_file(path)}, certain=False, adds=adds)
-    return replace(_clip(spec, path), options=options, adds=adds)
+        clip = _Found({}, {"weights_sha256": sha256_of_file(path)}, certain=False)
+    else:
+        clip = _clip(spec, path)
+    options = _options(cls, resolved.config, backbone_named(clip.fields.get("arch")))
+    fields = {**clip.fields, "arithmetic": cls.arithmetic(spec.dtype)}
+    known = clip.certain and options is not None
+    return replace(clip, fields=fields, options=options or {}, certain=known, adds=cls.options is not Method.options)
 
 
-def _options(cls: Any, config: Any) -> dict[str, Any]:
-    """The config as a record holds it, the options of a wrapped method as ``base.NAME``."""
+def _options(cls: Any, config: Any, backbone: Backbone | None) -> dict[str, Any] | None:
+    """The config as a record holds it, the options of a wrapped method as ``base.NAME``.
+
+    None where constants depend on the backbone, and its name does not tell which it is.
+    """
     from ovbench.registry import method_class, method_info
 
-    options = asdict(config)
+    if cls.BACKBONES and backbone is None:
+        return None
+    options = asdict(in_force(config, cls.constants_on(backbone)) if cls.BACKBONES else config)
     if "base_options" in options:
         base = method_class(options["base"])
-        theirs = _options(base, base.configure(dict(options.pop("base_options"))))
+        theirs = _options(base, base.configure(dict(options.pop("base_options"))), backbone)
+        if theirs is None:
+            return None
         options |= {
             "base": method_info(options["base"]).name,
             **{f"base.{name}": value for name, value in theirs.items()},
@@ -165,9 +176,9 @@ def _options(cls: Any, config: Any) -> dict[str, Any]:
 def _clip(spec: RunSpec, path: Path) -> _Found:
     """What :func:`ovbench.networks.clip_weights.load_clip` will say of the CLIP."""
     import open_clip
-    import torch
 
     from ovbench.networks.clip_weights import DEFAULT_ARCH
+    from ovbench.networks.published import random_digest
 
     weights, arch = spec.weights, spec.arch or DEFAULT_ARCH
     if weights == "builtin":
@@ -184,7 +195,7 @@ def _clip(spec: RunSpec, path: Path) -> _Found:
     if weights == "random":
         quick = bool((open_clip.get_model_config(arch) or {}).get("quick_gelu"))
         auto = "quickgelu" if quick else "gelu"
-        digest = hashlib.sha256(f"random {arch} seed {spec.seed} torch {torch.__version__}".encode()).hexdigest()
+        digest = random_digest(arch, spec.seed)
         activation = auto if spec.activation == "auto" else spec.activation
         return _Found({}, {"arch": arch, "activation": activation, "weights_sha256": digest})
     if weights.startswith("hf-hub:"):
@@ -209,7 +220,7 @@ def _clip_file(spec: RunSpec, path: Path) -> _Found:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run will say it
         quick = is_quick(path, digest, state, spec.activation, spec.arch, arch_quick)
-    arch = spec.arch or openai_format_arch(state, str(path))
+    arch = spec.arch or openai_format_arch(state, str(path), path=path, digest=digest)
     return _Found({}, {"arch": arch, "activation": "quickgelu" if quick else "gelu", "weights_sha256": digest})
 
 

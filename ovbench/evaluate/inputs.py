@@ -48,7 +48,9 @@ def words_of(benchmark: Benchmark, spec: RunSpec) -> tuple[list[list[str]], str]
 
     Raises:
         UsageError: Unknown wording, or a file whose number of classes is not the benchmark's.
+        NoBackgroundError: The protocol has thresholds, and the benchmark no background.
     """
+    spec.protocol.require_background(benchmark.background, benchmark.name)
     name = wording_of(benchmark, spec)
     if name in benchmark.wordings:
         return benchmark.words(name), benchmark.words_sha256(name)

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ovbench.benchmarks.benchmark import Benchmark
+from ovbench.benchmarks.labels import LabelFault
 from ovbench.errors import DataError, OvbenchError, RunError
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.ranks import Team
@@ -58,11 +59,22 @@ class LoadCompleteImage(LoadImageFromFile):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Failed:
-    """An image that could not be evaluated: its place in the dataset, its file, and why."""
+    """An image that could not be evaluated: its place in the dataset, the file at fault, and why."""
 
     index: int
     path: str
     error: OvbenchError
+
+    @classmethod
+    def of(cls, index: int, image: str, error: OvbenchError) -> Failed:
+        """The label's file where the label is at fault, else the image's."""
+        return cls(index, str(error.path) if isinstance(error, LabelFault) else image, error)
+
+    @property
+    def name(self) -> str:
+        """The file's name; of a label with its folder, because its image may be called the same."""
+        path = Path(self.path)
+        return "/".join(path.parts[-2:]) if isinstance(self.error, LabelFault) else path.name
 
 
 class Images(Dataset[Any]):
@@ -84,7 +96,7 @@ class Images(Dataset[Any]):
             found = clear_error(error)
             if not isinstance(found, DataError):
                 found = DataError(f"'{path}' or its label cannot be read: {found}")
-            return Failed(index, path, found)
+            return Failed.of(index, path, found)
         sample["data_samples"].set_metainfo({"index": index})
         return sample
 
@@ -174,7 +186,7 @@ class Monitor:
         for image in failed:
             if self.skip is None:
                 raise image.error
-            self.shard.append_failure(image.index, Path(image.path).name, str(image.error))
+            self.shard.append_failure(image.index, image.name, str(image.error))
             self.skip(image.path, str(image.error))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
@@ -215,7 +227,7 @@ class AreaMetric(BaseMetric):  # type: ignore[misc]
                 try:
                     found = areas(pred, label, self.benchmark.num_classes, self.benchmark.ignore_index)
                 except ValueError as error:
-                    m.failed.append(Failed(index, name, self._fault(label, source, name, error)))
+                    m.failed.append(Failed.of(index, name, self._fault(label, source, name, error)))
                     continue
                 areas_cpu = type(found)(*(part.cpu() for part in found))
                 scored = self._quality(sample, name)

@@ -260,6 +260,16 @@ def _heard(content: dict[str, Any], rank: int, world: int) -> BaseException:
     return kind(message if message.startswith("Process ") else f"Process {rank} of {world}: {message}")
 
 
+def require_launcher(launcher: str) -> None:
+    """Nothing, if there is such a launcher.
+
+    Raises:
+        UsageError: There is not.
+    """
+    if launcher not in LAUNCHERS:
+        raise UsageError(f"--launcher {launcher!r}: give {', '.join(LAUNCHERS)}.")
+
+
 def join(launcher: str) -> Team:
     """The processes that a launcher has started together, this one joined to them now.
 
@@ -270,8 +280,7 @@ def join(launcher: str) -> Team:
         UsageError: An unknown launcher, or this process was not started by it.
         RunError: The others cannot be reached.
     """
-    if launcher not in LAUNCHERS:
-        raise UsageError(f"--launcher {launcher!r}: give {', '.join(LAUNCHERS)}.")
+    require_launcher(launcher)
     if launcher == "none":
         return Team()
     if launcher == "slurm":

@@ -138,13 +138,17 @@ def _evaluate(state: State) -> None:
             quick_check(spec.dataset, root, skip=faulty)
         state.fingerprint = benchmark.fingerprint(root, incomplete=faulty)
         classes, protocol = classes_of(benchmark, spec)
-        built = _build(spec, classes, protocol, options.cache_masks)
+        built = _build(spec, classes, protocol, benchmark.background, options.cache_masks)
+    if protocol.has_thresholds and benchmark.background:
+        name = benchmark.class_names[benchmark.background]
+        options.on_message(f"Thresholds leave pixels to the background, class {benchmark.background} ({name}).")
     state.add_partial_reason(built.partial)
-    state.weights_sha256 = built.weights_sha256
+    state.weights_sha256, state.constants = built.weights_sha256, built.constants
     path = user_path(spec.weights)
     state.spec = spec.model_copy(
         update={
             **built.spec_fields(),
+            "arithmetic": built.arithmetic,
             "protocol": protocol,
             "dataset": benchmark.name,
             "dataset_version": benchmark.version,
@@ -164,7 +168,7 @@ def _evaluate(state: State) -> None:
     evaluate_images(state, benchmark, root, built.model, synthetic=synthetic)
 
 
-def _build(spec: RunSpec, classes: Classes, protocol: Protocol, cache_gib: float) -> Built:
+def _build(spec: RunSpec, classes: Classes, protocol: Protocol, background: int | None, cache_gib: float) -> Built:
     from ovbench.models.build import ModelSpec, build
 
     return build(
@@ -182,6 +186,7 @@ def _build(spec: RunSpec, classes: Classes, protocol: Protocol, cache_gib: float
             activation=spec.activation,
             seed=spec.seed,
             demo=spec.demo,
+            background=background,
             cache_masks=int(cache_gib * 2**30),
         )
     )
@@ -231,6 +236,7 @@ def _store(state: State, status: str, reason: str | None) -> tuple[records.RunRe
         demo=spec.demo,
         reason=reason,
         failures=_failures(state),
+        constants=state.constants,
     )
     return record, store.write(record, state.options.results)
 

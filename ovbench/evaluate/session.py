@@ -125,8 +125,8 @@ def build_dataset(benchmark: Benchmark, root: Path, short_side: int, long_side: 
     from mmengine.registry import DefaultScope
     from mmseg.registry import DATASETS
 
-    # registers the panoptic dataset and LoadCompleteImage
-    for module in ("ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
+    # registers the panoptic dataset, LoadLabel and LoadCompleteImage
+    for module in ("ovbench.mm.label_loading", "ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
         importlib.import_module(module)
     cfg = benchmark.dataset_cfg(root, short_side=short_side, long_side=long_side)
     cfg["pipeline"] = [

@@ -74,6 +74,7 @@ class State:
     efficiency: records.Efficiency | None = None
     shard: Shard | None = None
     partial_reason: str | None = None
+    constants: str | None = None
     benchmark: Benchmark | None = None
     recorded: records.RunRecord | None = None
     team: ranks.Team = field(default_factory=ranks.Team)

@@ -274,7 +274,7 @@ def options_again(recorded: Mapping[str, Any], cls: type[Any], given: Mapping[st
         base = method_class(str(recorded["base"]))
         known |= {_BASE + field.name: field for field in fields(base.Config)}
     chosen: dict[str, Any] = {}
-    for name, value in recorded.items():
+    for name, value in {**cls.BEFORE, **recorded}.items():  # what came later stands at what was done before it
         if name not in known or name in given or value is None:
             continue
         if name.endswith("_weights") and value != "random":
@@ -299,7 +299,7 @@ def _recorded_areas(
     if images is not None:
         raise DataError(
             f"There is no '{beside.name}' beside the record, which holds the areas per image: without it only the whole "
-            "run can be verified. Copy it along, or leave --images away."
+            "run can be verified. Copy it along, or leave --limit away."
         )
     on_message(f"No '{beside.name}' beside the record: only the sums over all images are compared.")
     return None

@@ -17,6 +17,7 @@ from ovbench.benchmarks.labels import decode_label
 from ovbench.benchmarks.panoptic_files import Described, Panoptic, SegmentMap, read_panoptic, segment_map
 from ovbench.errors import DataError
 from ovbench.mm.compat import import_mmseg
+from ovbench.mm.label_loading import require_fitting
 from ovbench.ops.panoptic import Segments
 
 import_mmseg()
@@ -67,8 +68,9 @@ class LoadPanopticAnnotations(BaseTransform):  # type: ignore[misc]
         """The results with both maps; raises ``DataError`` naming the file."""
         path = Path(results["seg_map_path"])
         facts = Panoptic(tuple(results["category_ids"]), ())
-        found = segment_map(decode_label(path), Described(*results["segments"]), facts, path)
+        found = segment_map(decode_label(path, colours=True), Described(*results["segments"]), facts, path)
         results["gt_seg_map"], results[MAP] = found.labels(), found.ids
+        require_fitting(results)
         results["segment_classes"], results["segment_crowd"] = found.classes, found.crowd
         results["segment_areas"] = Described(*results["segments"]).areas
         results["seg_fields"] += ["gt_seg_map", MAP]

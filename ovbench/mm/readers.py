@@ -1,7 +1,8 @@
 """mmseg datasets over a benchmark's files. Importing this module imports mmseg (seconds).
 
 Every semantic benchmark is read by a class that mmseg itself registers: its own where it has one, else ``BaseSegDataset``
-with the class names in the config. Panoptic ones need ``panoptic_dataset``, which a dumped config therefore imports.
+with the class names in the config. Labels are loaded by ``label_loading``, and panoptic ones need ``panoptic_dataset``:
+a dumped config therefore imports them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ovbench.mm.compat import prepare
 
 prepare()
 # registers datasets and transforms
-for _module in ("mmseg.datasets", "mmseg.structures", "ovbench.mm.panoptic_dataset"):
+for _module in ("mmseg.datasets", "mmseg.structures", "ovbench.mm.label_loading", "ovbench.mm.panoptic_dataset"):
     importlib.import_module(_module)
 
 

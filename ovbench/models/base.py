@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ovbench.ops.panoptic import Segments
 from ovbench.spec import Protocol as RunProtocol
 
 Stage = Callable[[str], AbstractContextManager[Any]]  # times a named stage of an image
+# Index of the class that thresholds leave pixels to, None for no such class, or "named": the one called "background".
+Background = int | None | Literal["named"]
 
 
 class ImageLogits(Protocol):
@@ -63,6 +65,7 @@ class Model(nn.Module):
     Attributes:
         protocol: Windows, scales and thresholds.
         stage: Times a named stage of an image; replaced by who measures.
+        constants: For which backbone the method's constants were published, in words; None where none depends on it.
     """
 
     takes_words: ClassVar[bool] = True
@@ -73,6 +76,7 @@ class Model(nn.Module):
         super().__init__()
         self.protocol = protocol
         self.stage: Stage = lambda name: nullcontext()
+        self.constants: str | None = None
 
     @property
     def device(self) -> torch.device:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ovbench.errors import UsageError
-from ovbench.models.base import Model
+from ovbench.models.base import Background, Model
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetModel
 from ovbench.models.closed_set_weights import load_network
 from ovbench.models.resolve import Resolved, resolve
 from ovbench.models.windowed import DTYPES
-from ovbench.spec import DType, Protocol, validated
+from ovbench.spec import DEVICES, DType, Protocol, long_dtype, validated
 from ovbench.spec import protocol as preset
 from ovbench.words.class_list import Classes, class_words
 
@@ -37,6 +37,7 @@ class ModelSpec:
         activation: ``auto``, ``gelu`` or ``quickgelu``, for files of CLIP.
         seed: Of random weights.
         demo: Take what needs no download.
+        background: Class that thresholds leave pixels to.
         cache_masks: Bytes on disk that proposals of a mask generator may take; 0 = they are not kept.
     """
 
@@ -53,6 +54,7 @@ class ModelSpec:
     activation: Any = "auto"
     seed: int = 0
     demo: bool = False
+    background: Background = "named"
     cache_masks: int = 0
 
 
@@ -69,6 +71,8 @@ class Built:
         weights_sha256: Hash of the weights; None for random ones of a closed-set network.
         demo: The weights were trained on generated scenes.
         partial: Why a run of this model is no result; None where it is one.
+        constants: For which backbone the method's constants were published; None where none depends on it.
+        arithmetic: As of a run's spec.
     """
 
     model: Model
@@ -79,6 +83,8 @@ class Built:
     weights_sha256: str | None
     demo: bool
     partial: str | None
+    constants: str | None
+    arithmetic: int
 
     def spec_fields(self) -> dict[str, Any]:
         """The fields of a run's or a profile's spec that are known now."""
@@ -114,6 +120,8 @@ def build(spec: ModelSpec) -> Built:
         weights_sha256=digest,
         demo=resolved.demo,
         partial="; ".join(filter(None, reasons)) or None,
+        constants=model.constants,
+        arithmetic=1 if make is _closed_set else resolved.cls.arithmetic(spec.dtype),
     )
 
 
@@ -132,6 +140,7 @@ def _open_vocabulary(spec: ModelSpec, resolved: Resolved) -> tuple[Model, dict[s
         dtype=spec.dtype,
         window_batch=spec.window_batch,
         compile_mode=spec.compile_mode,
+        background=spec.background,
     )
     clip = method.clip
     return model, method.options(), clip.arch, clip.activation, clip.weights_sha256
@@ -171,6 +180,7 @@ def build_model(
     device: str = "cpu",
     window_batch: int | None = None,
     compile_mode: str = "off",
+    background: Background = "named",
     activation: Any = "auto",
     seed: int = 0,
     **overrides: Any,
@@ -182,13 +192,15 @@ def build_model(
         classes: K classes, each a word or a list of words.
         protocol: A full protocol (also as a dict), a preset's name, or None for the method's own preset.
         benchmark: Benchmark whose preset values are meant; None leaves its thresholds away.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or as people shorten them (``bf16``).
         method_options: The method's own options.
         weights: As of :class:`ModelSpec`, like all that follow.
         arch: Architecture.
         device: Torch device.
         window_batch: Windows per forward.
         compile_mode: Of ``torch.compile``.
+        background: Index of the class that thresholds leave pixels to, None for no such class, or ``"named"``: the
+            benchmark's where one is given, else the class called "background".
         activation: Of a weights file.
         seed: Of random weights.
         **overrides: Protocol fields such as ``mode``, ``crop``, ``stride``, ``logit_scale``, ``prob_thd``.
@@ -205,6 +217,11 @@ def build_model(
         chosen, overrides = preset(protocol or "paper", benchmark, method=method, **overrides), {}
     if overrides:
         raise UsageError(f"Give either a full protocol or the fields {', '.join(sorted(overrides))}, not both.")
+    if background == "named" and benchmark is not None:
+        from ovbench import benchmarks
+
+        background = benchmarks.get(benchmark).background
+    dtype = long_dtype(dtype)
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
     spec = ModelSpec(
@@ -218,6 +235,7 @@ def build_model(
         device=device,
         window_batch=window_batch,
         compile_mode=compile_mode,
+        background=background,
         activation=activation,
         seed=seed,
     )
@@ -232,7 +250,7 @@ def require_device(device: str) -> None:
     """
     kind = device.split(":")[0]
     if kind not in {"cpu", "cuda"}:
-        raise UsageError(f"Unknown device '{device}'. Known: cpu, cuda, cuda:N.")
+        raise UsageError(f"Unknown device '{device}'. Known: {', '.join(DEVICES)}.")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.split(":")[1]) if device[5:].isdigit() else 0

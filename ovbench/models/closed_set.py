@@ -50,6 +50,7 @@ class ClosedSetMethod:
         RECIPES: Training recipes, benchmark id to fields of ``ovbench.train.recipe.Recipe``; ``"*"`` for all others.
         DEFAULT_ARCH: Encoder that is meant where none is named.
         TRIAL_OPTIONS: Options that make it small, for ``ovbench train --demo``.
+        BEFORE: What options that came later stand at in records and trained files that do not have them.
         FIXED_BY_TRAINING: A trained network has the options that it was trained with, and no others.
 
     Args:
@@ -61,6 +62,7 @@ class ClosedSetMethod:
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     DEFAULT_ARCH: ClassVar[str] = "resnet50-v1c"
     TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {}
+    BEFORE: ClassVar[dict[str, Any]] = {}
     FIXED_BY_TRAINING: ClassVar[bool] = True
 
     def __init__(self, name: str, config: Any = None) -> None:

@@ -5,7 +5,7 @@ Where images come from, how masks become label maps and segments, and timing liv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CLASSIFIERS = ("own", "oracle")
 
 
+# Looked at for what is inferred: FISA's paper, the public MaskCLIP, FC-CLIP and ODISE.
 @dataclass(frozen=True)
 class MaskConfig:
     """Switches that all mask-based methods share."""
@@ -48,9 +49,8 @@ class MaskConfig:
     )
     generator_weights: str | None = None  # None: the published ones
     classifier: str = "own"  # 'oracle': each mask has the class of the true segment that it overlaps most (Fig. 2)
+    generator_path: str | None = None  # of 'files': the folder or file with one's own masks
     objectness: bool = False  # times the generator's probability of an object; inferred: its labels "are not used"
-    object_thd: float = 0.0  # panoptic: masks that are less probable are left out; inferred from FC-CLIP and ODISE
-    overlap_thd: float = 0.8  # panoptic: a mask must keep this share of its area; inferred, as above
     masks: int = 100  # masks per image that the cost is measured with; no method looks at it
 
 
@@ -62,7 +62,7 @@ class Words(NamedTuple):
         word_class: Class of each word (Q,), int64.
         classes: K.
         logit_scale: Factor on cosines: 1 / temperature.
-        seen: Words that the weights were trained with (Q,), bool.
+        seen: Classes of which the weights were trained with a word (K,), bool; see :func:`seen_classes`.
     """
 
     text: Tensor
@@ -71,17 +71,27 @@ class Words(NamedTuple):
     logit_scale: float
     seen: Tensor
 
+    def best(self, logits: Tensor) -> Tensor:
+        """Logits of the classes (..., K), each its best word's, from logits of the words (..., Q)."""
+        if logits.shape[-1] == self.classes:
+            return logits
+        classes = logits.new_full((*logits.shape[:-1], self.classes), float("-inf"))
+        return classes.scatter_reduce(-1, self.word_class.expand_as(logits), logits, "amax")
+
 
 class Classified(NamedTuple):
     """What a method says of the masks of some images.
 
     Attributes:
-        logits: Of the words (B, M, Q), float32, scaled: their softmax are probabilities.
+        logits: Of the words (B, M, Q), or of the classes (B, M, K) where a method combines those itself; float32, scaled: the
+            softmax over the classes' best words are probabilities.
         masks: Logits of the masks (B, M, h, w), where the method corrects them.
+        embeddings: Of the masks (B, M, D), float32, not normalised; None where a method has none.
     """
 
     logits: Tensor
     masks: Tensor
+    embeddings: Tensor | None = None
 
 
 class MaskMethod(Method):
@@ -90,6 +100,7 @@ class MaskMethod(Method):
     Class attributes:
         LOSS: Weights of the losses.
         POS_INTERP: How position embeddings are resized in training; in evaluation the protocol says it.
+        PAD_COLOUR: RGB 0..255 of what the protocol pads images with; None is CLIP's mean.
 
     Args:
         clip: The CLIP.
@@ -106,6 +117,7 @@ class MaskMethod(Method):
     OFFLINE_OPTIONS: ClassVar[dict[str, Any]] = {"generator": "grid"}
     LOSS: ClassVar[LossWeights] = LossWeights()
     POS_INTERP: ClassVar[Literal["size", "bilinear"]] = "size"
+    PAD_COLOUR: ClassVar[tuple[float, float, float] | None] = None
     takes_segments: ClassVar[bool] = True  # losses are taken on true segments where the data has them
     FROZEN: ClassVar[tuple[str, ...]] = ("generator.",)
 
@@ -118,7 +130,9 @@ class MaskMethod(Method):
             raise unknown_name("mask generator", c.generator, generator_names())
         # a profile asks for random weights of all backbones; what has none keeps none
         own = None if c.generator_weights == "random" and c.generator not in MASK2FORMERS else c.generator_weights
-        self.generator: MaskGenerator = load_generator(c.generator, own, seed=seed, device=str(clip.mean.device))
+        self.generator: MaskGenerator = load_generator(
+            c.generator, own, path=c.generator_path, seed=seed, device=str(clip.mean.device)
+        )
         self.seen_words: frozenset[str] = frozenset()
         self._training: Words | None = None
         self.policy: str | None = None
@@ -127,6 +141,16 @@ class MaskMethod(Method):
     def build(cls, clip: DenseCLIP, options: dict[str, Any] | None = None) -> MaskMethod:
         """The method on a loaded CLIP with the user's options."""
         return cls(clip, cls.configure(options or {}))
+
+    @classmethod
+    def configure(cls, options: dict[str, Any]) -> Any:
+        """As the base's; says where what was an option before has gone."""
+        for name in options:
+            if name.replace("-", "_") in ("object_thd", "overlap_thd"):
+                raise UsageError(
+                    f"{name} is a field of the protocol: --{name.replace('_', '-')} in place of an option."
+                )
+        return super().configure(options)
 
     @classmethod
     def load(
@@ -173,10 +197,11 @@ class MaskMethod(Method):
             load_strictly(clip.clip, own, str(path), about.arch)
             clip.weights, clip.weights_sha256 = str(path), digest
         else:
-            clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=trained_with != "gelu")
+            quick = trained_with != "gelu"
+            clip = from_openai_format(own, str(path), digest, arch=about.arch, quick=quick, path=path)
         method = cls(clip, config, seed=seed)
         method._fill({key: value for key, value in state.items() if not key.startswith(_CLIP)}, str(path))
-        method.seen_words = frozenset(name.strip() for name in about.class_names)
+        method.seen_words = single_words(about.words or about.class_names)
         return method.to(device)
 
     def _fill(self, state: dict[str, Tensor], name: str) -> None:
@@ -219,11 +244,15 @@ class MaskMethod(Method):
 
     def cache_proposals(self, limit: int) -> None:
         """Keep the generator's proposals in the user's cache from now on, in at most ``limit`` bytes."""
+        if self.generator.needs_names:
+            raise UsageError("The masks of the generator 'files' are on disk already: leave --cache-masks away.")
         self.generator = CachedGenerator(self.generator, proposals_dir(), limit)
 
     def options(self) -> dict[str, Any]:
         """Switches in force, and what generator and CLIP are."""
         found = {"generator_identity": self.generator.identity(), "clip_activation": self.clip.activation}
+        if self.config.generator_path is not None:  # where files lie is no part of a run; the identity is their content
+            found["generator_path"] = user_path(self.config.generator_path).name
         return {**asdict(self.config), **found}
 
     def classify(self, images: Tensor, masks: Tensor, words: Words) -> Classified:
@@ -292,6 +321,10 @@ class MaskMethod(Method):
     def propose(self, images: Tensor, truth: Sequence[Segments]) -> Tensor:
         """Masks (B, M, h, w) of crops (B, 3, H, W), RGB 0..255, with gradients only where the generator is trained."""
         pictures = images.to(torch.uint8)
+        if self.generator.needs_names:
+            raise UsageError(
+                "The generator 'files' has masks of whole images, not of training crops: train with another."
+            )
         known = [own.ids for own in truth] if self.generator.needs_truth else []
         if self.trains_generator:
             masks = [found.masks for found in self.generator.propose_same_size(pictures, known)]
@@ -316,11 +349,15 @@ class MaskMethod(Method):
         self.policy = chosen
         if self.trains_generator:
             self.FROZEN = ()  # type: ignore[misc]  # of this network a checkpoint holds the generator as well
-        return [
-            {"name": name, "params": params, "lr_mult": lr, "weight_decay_mult": 1.0}
-            for name, params, lr in self.trained(chosen)
-            if params
-        ]
+        norms = {f"{name}.{key}" for name, module in self.named_modules() if isinstance(module, torch.nn.LayerNorm)
+                 for key, _ in module.named_parameters()}  # fmt: skip
+        groups = []
+        for name, params, lr in self.trained(chosen):
+            for decay in (1.0, 0.0):  # norms do not decay, as in Mask2Former's code
+                own = [parameter for parameter in params if (parameter in norms) == (decay == 0)]
+                if own:
+                    groups.append({"name": name, "params": own, "lr_mult": lr, "weight_decay_mult": decay})
+        return groups
 
     def trained(self, policy: str) -> list[tuple[str, list[str], float]]:
         """Name, parameters and factor on the learning rate of each part that a policy trains."""
@@ -334,6 +371,20 @@ class MaskMethod(Method):
 def whole_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """The nearest size (h, w) in pixels that whole patches cover, so that masks and patches span the same image."""
     return max(1, round(size[0] / patch)) * patch, max(1, round(size[1] / patch)) * patch
+
+
+def single_words(names: Iterable[str]) -> frozenset[str]:
+    """The words of a vocabulary as FC-CLIP's public code takes them: names cut at commas, by exact string.
+
+    Of "bus, coach" these are "bus" and "coach"; "Dog" is another word than "dog".
+    """
+    return frozenset(word for name in names for word in name.replace(", ", ",").split(","))
+
+
+def seen_classes(words: Sequence[Sequence[str]], trained: Iterable[str]) -> list[bool]:
+    """Whether each class (its words) shares a word with the names that weights were trained with."""
+    known = single_words(trained)
+    return [not known.isdisjoint(single_words(entry)) for entry in words]
 
 
 def load_encoder(

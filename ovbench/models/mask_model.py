@@ -1,7 +1,8 @@
 """A mask-based method under a protocol: images to masks, their classes, label maps and panoptic segments.
 
-The generator sees an image as the protocol resizes it; CLIP sees it resized to the protocol's square, or else with its sides
-rounded to whole patches, so that masks and patches span the same image. All masks of an image go through CLIP in one pass, and
+The generator sees an image as the protocol resizes it; CLIP sees it padded to the protocol's multiples, or else with its sides
+rounded to whole patches, and resized to the protocol's square where there is one. Masks and patches span the same image: of a
+padded image the masks are padded too. All masks of an image go through CLIP in one pass, and
 images whose inputs and masks have one size go together.
 """
 
@@ -9,17 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.errors import RunError, UsageError
-from ovbench.models.base import Prediction
-from ovbench.models.mask_method import MaskMethod, Words, whole_patches
+from ovbench.models.base import Background, Prediction
+from ovbench.models.mask_method import MaskMethod, Words, seen_classes, whole_patches
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.mask_generators.generator import Proposals
-from ovbench.ops.masks import mask_iou, padded, panoptic_ids, resized, semantic_labels
+from ovbench.ops.masks import (
+    mask_iou,
+    padded,
+    panoptic_ids,
+    resized,
+    semantic_labels,
+    with_padding,
+    without_padding,
+)
 from ovbench.ops.panoptic import Segments
 from ovbench.spec import DType, Protocol
 from ovbench.words.class_list import Classes
@@ -34,10 +44,14 @@ class ImageMasks:
     Attributes:
         masks: Logits (M, h, w), float32.
         probabilities: Of the classes (M, K), float32; scores where an oracle or the generator's objectness had a say.
+        logits: Of the classes (M, K), float32, of which the probabilities are made.
+        embeddings: (M, D), float32, not normalised; None where the method has none.
     """
 
     masks: Tensor
     probabilities: Tensor
+    logits: Tensor
+    embeddings: Tensor | None = None
 
     def at(self, size: tuple[int, int]) -> Tensor:
         """Sums (K, H, W), float32, over masks of class probability times mask probability."""
@@ -46,6 +60,14 @@ class ImageMasks:
         inside = resized(self.masks, size).sigmoid()
         sums: Tensor = (self.probabilities.T @ inside.flatten(1)).unflatten(1, size)
         return sums
+
+
+class _Answer(NamedTuple):
+    """What the network says of one image: masks (M, h, w), logits (M, Q or K) and embeddings (M, D)."""
+
+    masks: Tensor
+    logits: Tensor
+    embeddings: Tensor | None
 
 
 class MaskModel(OpenVocabModel):
@@ -77,6 +99,7 @@ class MaskModel(OpenVocabModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         if compile_mode != "off":
             raise UsageError("Mask-based methods run uncompiled: the number of masks changes from image to image.")
@@ -89,7 +112,7 @@ class MaskModel(OpenVocabModel):
                     f"A mask-based method sees the whole image and decides by masks: {name} must be {value}. Use --protocol "
                     "fisa or fc-clip."
                 )
-        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch)
+        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch, background=background)
         self.network_stage = "classify"
         self.things: Tensor | None = None
 
@@ -105,15 +128,23 @@ class MaskModel(OpenVocabModel):
 
     def vocabulary(self) -> Words:
         """The words as methods want them."""
-        known = [word.strip() in self.method.seen_words for word in self.query_words]
-        seen = torch.tensor(known, device=self.text.device)  # type: ignore[arg-type]
+        seen = torch.tensor(seen_classes(self.words, self.method.seen_words), device=self.text.device)  # type: ignore[arg-type]
         return Words(self.text, self.word_class, self.num_classes, self.protocol.logit_scale, seen)  # type: ignore[arg-type]
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (h, w) of CLIP's input for an image of this size."""
         if self.protocol.square:
             return self.protocol.square, self.protocol.square
-        return whole_patches(size, self.patch)
+        return self.padded_size(size) if self.protocol.pad else whole_patches(size, self.patch)
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Size (h, w) of an image of this size with the protocol's padding."""
+        step = self.protocol.pad
+        if not step:
+            return size
+        if step % self.patch and not self.protocol.square:  # an image of whole patches is needed
+            step = self.patch
+        return -(-size[0] // step) * step, -(-size[1] // step) * step
 
     def views(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Sizes (h, w) of CLIP's inputs for one image of this size: there is one."""
@@ -122,9 +153,16 @@ class MaskModel(OpenVocabModel):
     def network_input(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255, at CLIP's input size, normalised on the device."""
         moved = images.to(self.device, non_blocking=True)
-        size = self.input_size((images.shape[-2], images.shape[-1]))
-        if tuple(images.shape[-2:]) != size:
-            moved = F.interpolate(moved.float(), size=size, mode="bilinear", align_corners=False)
+        own = (images.shape[-2], images.shape[-1])
+        whole, size = self.padded_size(own), self.input_size(own)
+        if whole != own:
+            colour = self.method.PAD_COLOUR
+            fill = self.clip.mean if colour is None else moved.new_tensor(colour, dtype=torch.float32).view(1, 3, 1, 1)
+            larger = fill.repeat(len(moved), 1, *whole)  # type: ignore[operator]
+            larger[..., : own[0], : own[1]] = moved
+            moved = larger
+        if whole != size:
+            moved = F.interpolate(moved.float(), size=size, mode=self.protocol.clip_resize, align_corners=False)
         return self.normalise(moved)
 
     def run_network(self, batch: Tensor) -> Tensor:
@@ -158,46 +196,55 @@ class MaskModel(OpenVocabModel):
         moved = [image.to(self.device, non_blocking=True) for image in images]
         with self.stage("generator"):
             ids = [None if own is None else own.ids.to(self.device) for own in known]
-            proposals = self.method.generator.propose(moved, ids)
+            known_by = {"names": names} if getattr(self.method.generator, "needs_names", False) else {}
+            proposals = self.method.generator.propose(moved, ids, **known_by)
         with self.stage(self.network_stage), self.precision():
             found = self._classify(moved, proposals, names)
         with self.stage("decide"):
-            return [self._judged(*one, own, truth) for one, own, truth in zip(found, proposals, known, strict=True)]
+            return [self._judged(one, own, truth) for one, own, truth in zip(found, proposals, known, strict=True)]
 
-    def _classify(
-        self, images: list[Tensor], proposals: list[Proposals], names: Sequence[str] | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Masks (M, h, w) and logits (M, Q) of each image."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+    def _classify(self, images: list[Tensor], proposals: list[Proposals], names: Sequence[str] | None) -> list[_Answer]:
+        """What the network says of each image."""
+        found: dict[int, _Answer] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
+        spanning: list[Tensor] = []
         for index, (image, own) in enumerate(zip(images, proposals, strict=True)):
-            size = self.input_size((image.shape[-2], image.shape[-1]))
+            pixels = (image.shape[-2], image.shape[-1])
+            spanning.append(with_padding(own.masks, pixels, self.padded_size(pixels)))
             count = -(-len(own.masks) // MASKS_STEP) * MASKS_STEP if self.window_batch else 0
-            groups.setdefault((*size, *own.masks.shape[-2:], count), []).append(index)
+            groups.setdefault((*self.input_size(pixels), *spanning[-1].shape[-2:], count), []).append(index)
         for (height, width, *_, count), members in groups.items():
             step = self.step((height, width))
             for first in range(0, len(members), step):
                 some = members[first : first + step]
-                for index, one in zip(some, self._forward_some(some, images, proposals, count), strict=True):
-                    found[index] = one
-        for index, (_, logits) in found.items():
-            if not bool(logits.isfinite().all()):
+                for index, one in zip(some, self._forward_some(some, images, spanning, count), strict=True):
+                    found[index] = one._replace(
+                        masks=self._cut(one.masks, spanning[index], images[index], proposals[index])
+                    )
+        for index, one in found.items():
+            if not bool(one.logits.isfinite().all()):
                 name = names[index] if names else f"image {index} of the batch"
                 advice = "Try --dtype float32 or bfloat16." if self.dtype == "float16" else "Check the weights file."
                 raise RunError(f"NaN or infinity in the mask logits of {name} ({self.dtype}). {advice}")
         return [found[index] for index in range(len(images))]
 
-    def _forward_some(
-        self, some: list[int], images: list[Tensor], proposals: list[Proposals], count: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """As :meth:`_classify`, of images that fit into one forward; with half of them where memory runs out."""
-        if all(not len(proposals[index].masks) for index in some):
-            return [(proposals[index].masks, self.text.new_zeros(0, len(self.query_words))) for index in some]  # type: ignore[operator]
+    def _forward_some(self, some: list[int], images: list[Tensor], spanning: list[Tensor], count: int) -> list[_Answer]:
+        """As :meth:`_classify`, of images that fit into one forward; with half of them where memory runs out.
+
+        Args:
+            some: Indices of the images.
+            images: All images.
+            spanning: Masks of each, of a padded image with the padding.
+            count: Number of masks that they are padded to; 0: the most of any.
+        """
+        if all(not len(spanning[index]) for index in some):
+            none = self.text.new_zeros(0, self.num_classes)  # type: ignore[operator]
+            return [_Answer(spanning[index], none, None) for index in some]
         try:
             batch = torch.cat([self.network_input(images[index][None]) for index in some])
             masks = padded(
-                [proposals[index].masks.to(self.device) for index in some],
-                count or max(len(proposals[index].masks) for index in some),
+                [spanning[index].to(self.device) for index in some],
+                count or max(len(spanning[index]) for index in some),
             )
             if self.window_batch and len(some) < self.window_batch:
                 rest = self.window_batch - len(some)
@@ -210,28 +257,33 @@ class MaskModel(OpenVocabModel):
                 raise
             half = len(some) // 2
             return [
-                *self._forward_some(some[:half], images, proposals, count),
-                *self._forward_some(some[half:], images, proposals, count),
+                *self._forward_some(some[:half], images, spanning, count),
+                *self._forward_some(some[half:], images, spanning, count),
             ]
-        return [
-            (
-                result.masks[row, : len(proposals[index].masks)].float(),
-                result.logits[row, : len(proposals[index].masks)].float(),
-            )
-            for row, index in enumerate(some)
-        ]
+        answers = []
+        for row, index in enumerate(some):
+            number = len(spanning[index])
+            own = spanning[index] if result.masks is masks else result.masks[row, :number].float()
+            embeddings = None if result.embeddings is None else result.embeddings[row, :number].float()
+            answers.append(_Answer(own, result.logits[row, :number].float(), embeddings))
+        return answers
 
-    def _judged(self, masks: Tensor, logits: Tensor, own: Proposals, truth: Segments | None) -> ImageMasks:
+    def _cut(self, masks: Tensor, spanning: Tensor, image: Tensor, own: Proposals) -> Tensor:
+        """Masks of an image without its padding; those that the method has left as they are need no way back."""
+        pixels = (image.shape[-2], image.shape[-1])
+        if masks is spanning:
+            return own.masks
+        return without_padding(masks, (own.masks.shape[-2], own.masks.shape[-1]), pixels, self.padded_size(pixels))
+
+    def _judged(self, found: _Answer, own: Proposals, truth: Segments | None) -> ImageMasks:
         """Masks with the probabilities of their classes."""
+        masks, classes = found.masks.to(self.device), self.vocabulary().best(found.logits)
         if self.method.config.classifier == "oracle" and truth is not None:
-            return ImageMasks(masks, oracle_classes(masks, truth, self.num_classes))
-        classes = logits.new_full((len(logits), self.num_classes), float("-inf"))
-        owner = self.word_class.expand(len(logits), -1)  # type: ignore[operator]
-        classes = classes.scatter_reduce(1, owner, logits, "amax")
+            return ImageMasks(masks, oracle_classes(masks, truth, self.num_classes), classes, found.embeddings)
         probabilities = classes.softmax(dim=-1)
         if self.method.config.objectness and own.objectness is not None:
             probabilities = probabilities * own.objectness.to(probabilities.device)[:, None]
-        return ImageMasks(masks, probabilities)
+        return ImageMasks(masks, probabilities, classes, found.embeddings)
 
     @torch.inference_mode()
     def predict(
@@ -260,16 +312,30 @@ class MaskModel(OpenVocabModel):
         labels = self.decide(found, size)
         if self.things is None:
             return Prediction(labels)
-        c = self.method.config
+        p = self.protocol
         ids, classes = panoptic_ids(
             found.probabilities,
             found.masks,
             size,
             self.things.to(labels.device),
-            object_thd=c.object_thd,
-            overlap_thd=c.overlap_thd,
+            object_thd=p.object_thd,
+            overlap_thd=p.overlap_thd,
         )
         return Prediction(labels, Segments(ids, classes, torch.zeros_like(classes, dtype=torch.bool)))
+
+    def arrays(self, found: ImageMasks) -> dict[str, Any]:
+        """What is known of one image's masks, as arrays to be saved.
+
+        ``masks`` (M, h, w): logits, float32, a pixel inside where at least 0; ``embeddings`` (M, D): float32, not
+        normalised; ``logits`` (M, K): scaled cosines with each class's best word, or what the method makes of them;
+        ``scores`` (M, K): class probabilities; ``words`` (Q,) and ``word_class`` (Q,), int64.
+        """
+        embeddings = found.embeddings
+        if embeddings is None:
+            embeddings = found.masks.new_zeros(0, self.clip.embed_dim)
+        tensors = {"masks": found.masks.float(), "embeddings": embeddings, "logits": found.logits,
+                   "scores": found.probabilities, "word_class": self.word_class}  # fmt: skip
+        return {**{name: value.cpu().numpy() for name, value in tensors.items()}, "words": self.query_words}  # type: ignore[operator]
 
     def predict_labels(
         self, images: Tensor | Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None

@@ -6,6 +6,7 @@ Windows, batching, synonyms, thresholds, resizing, precision and timing live onc
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.errors import UsageError, unknown_name
+from ovbench.errors import OvbenchWarning, UsageError, unknown_name
+from ovbench.models.backbone_constants import Backbone, Constants, constants_of, in_force
 from ovbench.models.base import Stage
 from ovbench.networks.dense_clip import DenseCLIP
+from ovbench.ops.full_precision import product
 from ovbench.ops.patch_logits import PatchLogits
 
 
@@ -48,7 +51,16 @@ class Method(nn.Module):
         RECIPES: Training recipes by benchmark, of methods that can be trained (``losses``, ``parameter_groups``).
         POLICIES: Which parameters can be trained; the first is the recipes' own.
         MODEL: ``module:Class`` of what puts the method under a protocol.
+        BEFORE: What options that came later stand at in records and trained files that do not have them.
         FIXED_BY_TRAINING: A trained file's options cannot be changed.
+        ARITHMETIC: Version of what is computed in which precision in bfloat16 and float16, so that records of before and
+            after a change are not taken for one run; see ``RunSpec.arithmetic``.
+        BACKBONES: Constants by backbone, a literal; see :mod:`ovbench.models.backbone_constants`. Empty where none depends
+            on it.
+        ELSEWHERE: What is done with them on a backbone for which none were published, in words.
+
+    Attributes:
+        constants: Where the constants in force were published, or how they were inferred; None without such a table.
     """
 
     Config: ClassVar[type[Any]] = NoOptions
@@ -56,6 +68,10 @@ class Method(nn.Module):
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = {}
     POLICIES: ClassVar[tuple[str, ...]] = ()
     MODEL: ClassVar[str] = "ovbench.models.patch_model:OpenVocabModel"
+    ARITHMETIC: ClassVar[int] = 2
+    BACKBONES: ClassVar[dict[str, dict[str, Any]]] = {}
+    ELSEWHERE: ClassVar[str] = ""
+    BEFORE: ClassVar[dict[str, Any]] = {}
     FIXED_BY_TRAINING: ClassVar[bool] = False
     takes_segments: ClassVar[bool] = False  # losses are taken on true segments where the data has them
 
@@ -63,6 +79,22 @@ class Method(nn.Module):
         super().__init__()
         self.clip = clip
         self.config = self.Config() if config is None else config
+        self.constants: str | None = None
+        if self.BACKBONES:
+            found = self.constants_on(Backbone(clip.depth, clip.patch))
+            self.config, self.constants = in_force(self.config, found), found.told
+            if found.inferred:
+                warnings.warn(f"Constants of {type(self).__name__}: {found.told}.", OvbenchWarning, stacklevel=2)
+
+    @classmethod
+    def arithmetic(cls, dtype: str) -> int:
+        """The version that a run in this precision records."""
+        return 1 if dtype == "float32" else cls.ARITHMETIC
+
+    @classmethod
+    def constants_on(cls, backbone: Backbone) -> Constants:
+        """The constants on a backbone; :attr:`BACKBONES` is not empty."""
+        return constants_of(cls.BACKBONES, backbone, cls.ELSEWHERE)
 
     @classmethod
     def build(cls, clip: DenseCLIP, options: dict[str, Any] | None = None) -> Method:
@@ -129,6 +161,26 @@ class Method(nn.Module):
         """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
         self.clip.use_precision(dtype)
 
+    def recompute_activations(self) -> None:
+        """Keep less for the backward pass of a training and compute it again: the same losses and gradients, less memory.
+
+        Raises:
+            UsageError: Where nothing that is trained is deep enough for it.
+        """
+        raise UsageError(
+            f"{type(self).__name__} trains nothing through whose depth activations are kept: leave "
+            "checkpoint_activations away."
+        )
+
+    def loss_share(self, labels: Tensor, part: slice) -> float:
+        """Share of the losses of a batch that those of some of its images have, where both are means.
+
+        Args:
+            labels: (B, H, W), int64, 255 ignored.
+            part: Which images.
+        """
+        return len(labels[part]) / len(labels)
+
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""
         raise UsageError(f"{type(self).__name__} proposes no masks: leave --cache-masks away.")
@@ -148,7 +200,7 @@ class Method(nn.Module):
     def patch_logits(self, images: Tensor, text: Tensor) -> Tensor:
         """Cosine logits (B, Q, h, w), float32, of normalised images (B, 3, H, W) against embeddings (Q, D)."""
         features = F.normalize(self.features(images).float(), dim=-1)
-        return (features @ text.T).permute(0, 3, 1, 2)
+        return product(features, text.T).permute(0, 3, 1, 2)
 
 
 class Solver(Method):
@@ -178,12 +230,14 @@ def configured(cls: Any, options: dict[str, Any]) -> Any:
         UsageError: An option that the class does not have, or of the wrong type.
     """
     known = {field.name: field for field in fields(cls.Config)}
+    tables = [entry["values"] for entry in getattr(cls, "BACKBONES", {}).values()]
+    examples: dict[str, Any] = tables[0] if tables else {}  # of fields that default to None
     values = {}
     for name, value in options.items():
         key = name.replace("-", "_")
         if key not in known:
             raise unknown_name(f"option of {cls.__name__}", name, known)
-        values[key] = _convert(key, value, known[key].default)
+        values[key] = _convert(key, value, examples.get(key, known[key].default))
     return cls.Config(**values)
 
 

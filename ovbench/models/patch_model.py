@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovbench.errors import UsageError
-from ovbench.models.base import CostForward
+from ovbench.models.base import Background, CostForward
 from ovbench.models.method import Method, Solver, Vocabulary
 from ovbench.models.windowed import AUTO_WINDOWS, DTYPES, WindowedModel
 from ovbench.networks.dense_clip import DenseCLIP
@@ -24,7 +24,7 @@ from ovbench.ops.labels import decide
 from ovbench.ops.pamr import pamr
 from ovbench.ops.patch_logits import PatchLogits
 from ovbench.spec import DType, Protocol
-from ovbench.words.class_list import Classes, class_words
+from ovbench.words.class_list import Classes, background_in, class_words
 from ovbench.words.embeddings import embed_words, prompts
 
 
@@ -40,6 +40,11 @@ class OpenVocabModel(WindowedModel):
             them when memory runs out.
         compile_mode: ``off``, or a mode of ``torch.compile`` (``default``; ``reduce-overhead`` uses CUDA graphs). Fixes
             the window batch, so that one shape is compiled.
+        background: Index of the class that thresholds leave pixels to, None for no such class, or ``"named"``: the class
+            called "background", if there is one.
+
+    Raises:
+        NoBackgroundError: Thresholds without a background class.
     """
 
     takes_views: ClassVar[bool] = False  # a square and a global view in the protocol
@@ -53,6 +58,7 @@ class OpenVocabModel(WindowedModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         if (protocol.square or protocol.global_view) and not self.takes_views:
             raise UsageError(
@@ -62,11 +68,14 @@ class OpenVocabModel(WindowedModel):
         window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
         super().__init__(protocol, patch=method.clip.patch, dtype=dtype, window_batch=window_batch)
         self.method = method
+        self.constants = method.constants
+        self.asked_background = background
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
+        protocol.require_background(self.background, "the class list")
         method.use_precision(DTYPES[dtype])
         self.solver = method if isinstance(method, Solver) else None
-        if self.solver and (protocol.prob_thd > 0 or protocol.area_thd is not None):
+        if self.solver and protocol.has_thresholds:
             raise UsageError(
                 "A solver's scores are no probabilities: prob_thd and area_thd have no meaning. Use --protocol direct-seg."
             )
@@ -102,6 +111,16 @@ class OpenVocabModel(WindowedModel):
     def num_classes(self) -> int:
         """K."""
         return len(self.words)
+
+    @property
+    def background(self) -> int | None:
+        """Index of the class that thresholds leave pixels to; None where there is none."""
+        asked = self.asked_background
+        if isinstance(asked, str):
+            return background_in(self.words)
+        if asked is not None and not 0 <= asked < self.num_classes:
+            raise UsageError(f"The background is class {asked}, but classes are 0..{self.num_classes - 1}.")
+        return asked
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255 on the device, with CLIP's mean and deviation."""
@@ -186,7 +205,10 @@ class OpenVocabModel(WindowedModel):
         """Label map (H, W), int64, of one image under the protocol's scale and thresholds."""
         if self.solver:
             return self.solve(logits, size)
-        p = self.protocol
+        p, background = self.protocol, None
+        if p.has_thresholds:  # the class list may be another one than at the beginning
+            background = self.background
+            p.require_background(background, "the class list")
         weights: Weights | None = None
         if p.pamr or p.upsample != "bilinear":
             values = self.refine(logits, size).permute(1, 2, 0)
@@ -200,6 +222,7 @@ class OpenVocabModel(WindowedModel):
             prob_thd=p.prob_thd,
             area_thd=p.area_thd,
             area_rule=p.area_rule,
+            background=background or 0,
         )
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ class About(BaseModel):
     arch: str = Field(description="encoder, or open_clip architecture")
     dataset: str = Field(description="benchmark it was trained on")
     class_names: list[str] = Field(description="classes in label order")
+    words: list[str] = Field([], description="word of each class as trained; empty: see class_names")
     training: str = Field(description="id of the training's record")
     spec_hash: str = Field(description="hash of the training's spec")
     iterations: int = Field(description="iterations done")
@@ -72,6 +73,8 @@ def require_method(about: About, method: str) -> None:
 def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
     """The options that a network was trained with, of a record's options, which also hold what was found out.
 
+    An option that came later stands at what was done before it existed (``BEFORE``), whatever its default is now.
+
     Raises:
         WeightsError: They name a method from a file: a file of weights does not decide which code is run.
     """
@@ -80,7 +83,7 @@ def options_again(recorded: dict[str, Any], cls: Any) -> dict[str, Any]:
             f"The weights name the file '{recorded['base']}' as their base method: give --option base=NAME."
         )
     known = {field.name for field in fields(cls.Config)}
-    return {key: value for key, value in recorded.items() if key in known and value is not None}
+    return {key: value for key, value in {**cls.BEFORE, **recorded}.items() if key in known and value is not None}
 
 
 def read_about(path: Path) -> About | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.errors import UsageError
+from ovbench.models.base import Background
 from ovbench.models.method import Method
 from ovbench.models.patch_model import OpenVocabModel
 from ovbench.models.windowed import AUTO_WINDOWS
@@ -137,6 +138,7 @@ class ViewModel(OpenVocabModel):
         dtype: DType = "float32",
         window_batch: int | None = None,
         compile_mode: str = "off",
+        background: Background = "named",
     ) -> None:
         for name, off in (("prob_thd", 0.0), ("area_thd", None), ("upsample", "bilinear"), ("pamr", 0)):
             if getattr(protocol, name) != off:
@@ -144,7 +146,7 @@ class ViewModel(OpenVocabModel):
                     f"Views are averaged as probabilities of single classes: leave --{name.replace('_', '-')} away."
                 )
         window_batch = window_batch or (AUTO_WINDOWS if compile_mode != "off" else None)
-        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch)
+        super().__init__(method, classes, protocol, dtype=dtype, window_batch=window_batch, background=background)
         self.network = method.class_logits  # type: ignore[assignment]
         if compile_mode != "off":
             self.network = torch.compile(self.network, mode=compile_mode, dynamic=False)

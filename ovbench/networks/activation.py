@@ -19,6 +19,7 @@ from torch import Tensor
 from ovbench.errors import OvbenchWarning, WeightsError
 
 Activation = Literal["auto", "gelu", "quickgelu"]
+CONFIG = "open_clip_config.json"  # what open_clip writes beside weights
 # Keys that only OpenAI's own archives carry beside the tensors
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -77,17 +78,37 @@ def evidence(path: Path, digest: str, state: Mapping[str, Any]) -> tuple[bool, s
     """
     if any(key in state for key in OPENAI_EXTRAS):
         return True, "keys of OpenAI's archives"
-    beside = path.parent / "open_clip_config.json"
-    if beside.is_file():
-        try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
-            return bool(config["model_cfg"].get("quick_gelu", False)), beside.name
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WeightsError(f"Cannot read '{beside}', which lies beside the weights: {error}.") from error
-    for release in _releases():
+    config = config_beside(path)
+    if config is not None:
+        return bool(config.get("quick_gelu", False)), CONFIG
+    release = release_of(path, digest)
+    if release is not None:
+        name = release[1]["url"].rsplit("/", 1)[-1]
+        return bool(release[1].get("quick_gelu", False)), f"open_clip's release {name}"
+    return None
+
+
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """The model's part of an ``open_clip_config.json`` beside a file of weights; None where none lies there.
+
+    Raises:
+        WeightsError: It cannot be read.
+    """
+    beside = path.parent / CONFIG
+    if not beside.is_file():
+        return None
+    try:
+        return dict(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(f"Cannot read '{beside}', which lies beside the weights: {error}.") from error
+
+
+def release_of(path: Path, digest: str) -> tuple[str, dict[str, Any]] | None:
+    """open_clip's architecture and entry of the release that a file is by its hash or its name; None for no such file."""
+    for arch, release in _releases():
         name = release["url"].rsplit("/", 1)[-1]
         if digest in release["url"] or name.rsplit("-", 1)[-1].split(".")[0] == digest[:8] or name == path.name:
-            return bool(release.get("quick_gelu", False)), f"open_clip's release {name}"
+            return arch, release
     return None
 
 
@@ -99,9 +120,9 @@ def exact_in_float16(state: Mapping[str, Any]) -> bool:
     )
 
 
-def _releases() -> list[dict[str, Any]]:
-    """open_clip's entries of weights at a direct address."""
+def _releases() -> list[tuple[str, dict[str, Any]]]:
+    """open_clip's entries of weights at a direct address, each with its architecture."""
     import open_clip
 
-    entries = (open_clip.get_pretrained_cfg(arch, tag) for arch, tag in open_clip.list_pretrained())
-    return [entry for entry in entries if entry.get("url")]
+    entries = ((arch, open_clip.get_pretrained_cfg(arch, tag)) for arch, tag in open_clip.list_pretrained())
+    return [(arch, entry) for arch, entry in entries if entry.get("url")]

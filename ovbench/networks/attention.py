@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.networks.attention_base import AttentionSource, TransformerSource, to_whole_patches
+from ovbench.networks.attention_names import source_names
 from ovbench.networks.attention_sd2 import SIZE, TIMESTEP
 from ovbench.networks.attention_sd2_weights import load_sd2
-from ovbench.networks.attention_vit import VITS, load_vit
+from ovbench.networks.attention_vit import load_vit
 from ovbench.networks.dense_clip import DenseCLIP, Grid
 
+# Looked at for what is inferred: arXiv 2604.07723 (its table of sources says neither blocks nor features of CLIP),
+# ProxyCLIP's public code for DINO's tokens, and the measurement said beside it.
 __all__ = ["AttentionSource", "ClipSource", "TransformerSource", "load_source", "source_names"]
 
 
@@ -80,11 +83,6 @@ class ClipSource(TransformerSource):
         """The tower's ``ln_post``."""
         out: Tensor = self.clip.visual.ln_post(x)
         return out
-
-
-def source_names() -> list[str]:
-    """Ids of all sources."""
-    return [*VITS, "sd2", "clip"]
 
 
 def load_source(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError
 from ovbench.networks.dense_clip import Grid
 
+# Looked at for what is inferred: arXiv 2604.07723 (layer-wise averaged, no numbers of blocks), docs/discrepancy.md.
 LAST_BLOCKS = 3  # blocks whose attention is averaged, from the trial on DINOv2-S/14; inferred
 # Scores held at once while attention is added up: what stays in a CPU's cache; few launches on a GPU (64 MiB).
 CPU_SCORES, GPU_SCORES = 2**20, 2**24

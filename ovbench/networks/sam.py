@@ -7,22 +7,21 @@ tables of relative positions linearly, as SAM's code and transformers do; window
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovbench.errors import UsageError, WeightsError
+from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.dense_clip import Grid
+from ovbench.networks.published import fetched, random_digest
 from ovbench.networks.state_dict import read_state_dict
-from ovbench.networks.visual import VisualEncoder
+from ovbench.networks.visual_base import VisualEncoder
 from ovbench.paths import user_path
 
 MEAN = (123.675, 116.28, 103.53)  # of SAM's preprocessing, RGB 0..255
@@ -32,6 +31,8 @@ INIT_STD = 0.02  # of random weights: transformers' own are 1e-10, with which no
 PREFIXES = {"vision_encoder.": True, "image_encoder.": False}  # transformers' layout, that of SAM's releases
 
 
+# Looked at for what is inferred: SAM's public code and its issues 84 and 374 (one size only), SAMed (hitachinsk/SAMed,
+# issue 28: bilinear), DINOv2's code (bicubic).
 @dataclass(frozen=True)
 class SamSizes:
     """Sizes of one encoder; those of ViT-B by default."""
@@ -105,11 +106,7 @@ def resized_positions(embedding: Tensor, grid: Grid) -> Tensor:
 
 
 def random_sam(name: str, seed: int = 0, sizes: SamSizes | None = None) -> SamEncoder:
-    """The architecture with seeded normal weights; biases are 0, norms 1.
-
-    Raises:
-        UsageError: transformers is missing.
-    """
+    """The architecture with seeded normal weights; biases are 0, norms 1."""
     sizes = SAMS[name].sizes if sizes is None else sizes
     model = _create(sizes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -117,8 +114,7 @@ def random_sam(name: str, seed: int = 0, sizes: SamSizes | None = None) -> SamEn
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=INIT_STD)
-    digest = hashlib.sha256(f"random {sizes} seed {seed} torch {torch.__version__}".encode()).hexdigest()
-    return SamEncoder(name, sizes, model, "random", digest)
+    return SamEncoder(name, sizes, model, "random", random_digest(sizes, seed))
 
 
 def load_sam(name: str, weights: str | None = None, *, seed: int = 0) -> SamEncoder:
@@ -132,14 +128,22 @@ def load_sam(name: str, weights: str | None = None, *, seed: int = 0) -> SamEnco
         seed: Seed of random weights.
 
     Raises:
-        UsageError: transformers is missing.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
     if weights == "random":
         return random_sam(name, seed)
     recipe = SAMS[name]
     published = weights is None or weights == recipe.hub  # as records name it
-    path = _download(name, recipe) if published else user_path(str(weights))
+    path = (
+        fetched(
+            recipe.hub,
+            f"of the visual encoder '{name}'",
+            "Without a network give a file or folder with -o visual_weights=PATH, '-o visual_weights=random' (for timing), "
+            "or '-o visual=none'.",
+        )
+        if published
+        else user_path(str(weights))
+    )
     shown = recipe.hub if published else path.name
     if path.is_dir():
         path = path / "model.safetensors"
@@ -205,12 +209,7 @@ def _renamed(key: str) -> str:
 
 def _create(sizes: SamSizes) -> Any:
     """An encoder of transformers of these sizes without its neck; what its weights are does not matter."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(
-            "SAM needs transformers: pip install 'ovbench[masks]', or use another encoder, e.g. '-o visual=none'."
-        ) from error
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     config = transformers.SamVisionConfig(
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,
@@ -225,16 +224,3 @@ def _create(sizes: SamSizes) -> Any:
         model: Any = transformers.SamVisionModel(config).vision_encoder
     model.neck = nn.Identity()
     return model.float()
-
-
-def _download(name: str, recipe: SamRecipe) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(recipe.hub, "model.safetensors"))
-    except Exception as error:  # hub, network and cache errors differ by version of the hub library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"Could not get the weights of the visual encoder '{name}' ({recipe.hub}): {reason} Without a network give a "
-            "file or folder with -o visual_weights=PATH, '-o visual_weights=random' (for timing), or '-o visual=none'."
-        ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ovbench.errors import WeightsError
+from ovbench.errors import WeightsError, first_line
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise many kinds; all mean "not a readable state dict"
         raise WeightsError(
-            f"Cannot read weights from '{path}': {_first_line(error)} It must be a .safetensors file or a state "
+            f"Cannot read weights from '{path}': {first_line(error).rstrip('.')}. It must be a .safetensors file or a state "
             "dict saved by torch.save."
         ) from error
     if not isinstance(content, Mapping):
@@ -58,8 +58,3 @@ def _holds_code(path: Path) -> bool:
             return any(name.endswith("constants.pkl") for name in archive.namelist())
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError):
         return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."

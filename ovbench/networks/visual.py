@@ -5,74 +5,19 @@ LSMSeg fuses such maps with CLIP's. An encoder takes RGB images 0..255, normalis
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovbench.errors import unknown_name
-from ovbench.networks.attention_vit import VITS, ViTSource, load_vit
+from ovbench.networks.attention_names import VITS
+from ovbench.networks.attention_vit import ViTSource, load_vit
+from ovbench.networks.sam import SAMS, load_sam
+from ovbench.networks.visual_base import VisualEncoder
 
+# Looked at for what is inferred: thesis ch. 5 (Table 5.6 names DINOv2-B alone), DINOv2's public code, which gives any
+# blocks.
 NONE = "none"
-SAM = ("sam-b", "sam-l")
-DINO = {"dinov2-b": "dinov2-b14"}  # name here: name of the attention source with the same network
-
-
-class VisualEncoder(nn.Module, ABC):
-    """One frozen encoder.
-
-    Attributes:
-        name: Its id.
-        weights: ``random``, a hub repository or a file's name, for records.
-        weights_sha256: Content hash of the weights.
-        width: Channels C of every map.
-        patch: Side of a patch in pixels.
-        blocks: Indices of the blocks that are shown, the first block is 0.
-    """
-
-    name: str
-    weights: str
-    weights_sha256: str
-    width: int
-    patch: int
-    blocks: tuple[int, ...]
-
-    @abstractmethod
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Outputs (B, C, h, w), float32, of :attr:`blocks`, first to last.
-
-        Args:
-            images: RGB images (B, 3, H, W), values 0..255, sides that are multiples of :attr:`patch`.
-        """
-
-    def sized(self, images: Tensor, size: int) -> Tensor:
-        """Images resized to a square of ``size`` pixels; 0: each side to the nearest multiple of :attr:`patch`."""
-        sides = (size, size) if size else images.shape[-2:]
-        wanted = [max(1, round(side / self.patch)) * self.patch for side in sides]
-        if list(images.shape[-2:]) == wanted:
-            return images
-        return F.interpolate(images.float(), size=wanted, mode="bilinear", align_corners=False)
-
-    def train(self, mode: bool = True) -> VisualEncoder:
-        """Evaluation mode, whatever the method around it is in."""
-        return super().train(False)
-
-    def use_precision(self, dtype: torch.dtype) -> None:
-        """Keep the blocks' matrices in ``dtype``, so that autocast need not convert them at every forward."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-
-    def record(self) -> dict[str, Any]:
-        """What a record should say of the encoder."""
-        return {
-            "visual_weights": self.weights,
-            "visual_weights_sha256": self.weights_sha256,
-            "visual_random": self.weights == "random",
-            "visual_params": sum(parameter.numel() for parameter in self.parameters()),
-        }
+# Name here: name of the attention source with the same network. The small one is in no table; it runs on a CPU.
+DINO = {"dinov2-b": "dinov2-b14", "dinov2-s": "dinov2-s14"}
 
 
 class DinoEncoder(VisualEncoder):
@@ -104,7 +49,7 @@ class DinoEncoder(VisualEncoder):
 
 def visual_names() -> list[str]:
     """Ids of all encoders, and ``none``."""
-    return [NONE, *SAM, *DINO]
+    return [NONE, *SAMS, *DINO]
 
 
 def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> VisualEncoder | None:
@@ -117,7 +62,7 @@ def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> Visu
         seed: Seed of random weights.
 
     Raises:
-        UsageError: Unknown name, or transformers is missing for SAM.
+        UsageError: Unknown name.
         WeightsError: The download failed, or the file is missing, unreadable or does not fit.
     """
     if name not in visual_names():
@@ -127,6 +72,4 @@ def load_visual(name: str, weights: str | None = None, *, seed: int = 0) -> Visu
     if name in DINO:
         weights = None if weights == VITS[DINO[name]].hub else weights  # as records name it
         return DinoEncoder(name, load_vit(DINO[name], weights, seed=seed))
-    from ovbench.networks.sam import load_sam
-
     return load_sam(name, weights, seed=seed)

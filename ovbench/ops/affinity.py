@@ -7,13 +7,14 @@ are made, used and dropped, and where gradients are wanted they are made again i
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ovbench.ops.full_precision import full_precision
 
 # Entries of the affinity that exist at a time: one map of a 64 x 64 grid.
 MAP_ENTRIES = 64**4
@@ -131,12 +132,6 @@ def affinity_loss(
             total = total + _dropped(part, query, key, rows)
     number = (labels != ignore_index).sum(dim=1).square().sum()
     return total / number.clamp_min(1)
-
-
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, on devices that have it (the meta device has none)."""
-    has = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if has else nullcontext()
 
 
 def row_chunks(batch: int, positions: int, entries: int) -> list[slice]:

@@ -59,7 +59,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
     """Weighted mean of the cross-entropy over labelled pixels; 0 where there are none.
 
     Logits are (B, K, ...), labels (B, ...); ids outside 0 .. K - 1 are ignored. Weights (K,) are divided by their sum over
-    pixels (*inferred*), so that their scale does not matter.
+    pixels (*inferred*), so that their scale does not matter; looked at: thesis ch. 4, torch's cross-entropy, which divides so,
+    and mmseg's, which divides by the number of pixels.
     """
     num_classes = logits.shape[1]
     valid = (labels >= 0) & (labels < num_classes)

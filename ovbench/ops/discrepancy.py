@@ -36,6 +36,8 @@ from ovbench.errors import UsageError
 from ovbench.ops.markov import arrival_steps, doubly_stochastic, hop, settling_steps
 from ovbench.ops.transport import sinkhorn, transport_cost
 
+# Looked at for what is inferred: arXiv 2604.07723 (no public code was found), its public ancestor M2N2, and the
+# ablation above.
 REJECTED = -1.0  # score of a class that is out: below every other, and safe to interpolate
 TIE_BREAK = 1e-6  # weight of the map where the KL term knows no difference
 

@@ -25,6 +25,7 @@ def decide(
     prob_thd: float = 0.0,
     area_thd: float | None = None,
     area_rule: str = "background",
+    background: int = 0,
 ) -> Tensor:
     """Label map (H, W), int64, of one image.
 
@@ -34,25 +35,26 @@ def decide(
             where the logits have its size.
         word_class: Class index of each word (Q,), int64.
         logit_scale: Factor before the softmax.
-        prob_thd: Where the winning probability is smaller, class 0.
-        area_thd: A class > 0 whose predicted area is at most this share of all predicted area > 0 is dropped.
-        area_rule: Where pixels of a dropped class go: ``"background"`` (class 0) or ``"next-best"`` (most probable
-            word of the classes that are left, as the public code does; ``prob_thd`` then looks at that probability).
+        prob_thd: Where the winning probability is smaller, the background.
+        area_thd: A foreground class whose predicted area is at most this share of all predicted foreground is dropped.
+        area_rule: Where pixels of a dropped class go: ``"background"`` or ``"next-best"`` (most probable word of the
+            classes that are left, as the public code does; ``prob_thd`` then looks at that probability).
+        background: The class that thresholds leave pixels to; nothing else looks at it.
     """
     values = values * logit_scale
     word, top, total = _reduce(values, weights, with_top=prob_thd > 0, with_total=prob_thd > 0)
     labels = word_class[word]
     if area_thd is not None:
-        dropped = small_classes(labels, int(word_class.max()) + 1, area_thd)
+        dropped = small_classes(labels, int(word_class.max()) + 1, area_thd, background)
         if bool(dropped.any()):
             keep = (~dropped[word_class]).nonzero()[:, 0]
             if area_rule == "background" or not keep.numel():
-                labels = torch.where(dropped[labels], 0, labels)
+                labels = torch.where(dropped[labels], background, labels)
             else:
                 word, top, _ = _reduce(values[..., keep], weights, with_top=prob_thd > 0, with_total=False)
                 labels = word_class[keep[word]]
     if prob_thd > 0:
-        labels = torch.where(torch.exp(top - total) < prob_thd, 0, labels)
+        labels = torch.where(torch.exp(top - total) < prob_thd, background, labels)
     return labels
 
 
@@ -73,10 +75,10 @@ def decide_views(views: Sequence[tuple[Tensor, Weights]]) -> Tensor:
     return labels
 
 
-def small_classes(labels: Tensor, classes: int, area_thd: float) -> Tensor:
-    """Mask (K,) of the classes > 0 that are predicted, but on at most ``area_thd`` of all area predicted > 0."""
+def small_classes(labels: Tensor, classes: int, area_thd: float, background: int = 0) -> Tensor:
+    """Mask (K,) of the foreground classes that are predicted, but on at most ``area_thd`` of all predicted foreground."""
     area = torch.bincount(labels.flatten(), minlength=classes)
-    area[0] = 0
+    area[background] = 0
     return (area > 0) & (area <= area_thd * area.sum())
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovbench.errors import UsageError
 from ovbench.ops.panoptic import NO_SEGMENT, Segments
 
 
@@ -56,14 +55,9 @@ def match(masks: Tensor, logits: Tensor, truth: Segments, weights: LossWeights) 
         logits: Of the classes (M, K).
         truth: S segments.
         weights: Of the costs.
-
-    Raises:
-        UsageError: scipy is missing.
     """
-    try:
-        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-    except ImportError:
-        raise UsageError("Training of mask-based methods needs scipy: pip install 'ovbench[masks]'.") from None
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
     device = masks.device
     if not len(truth.classes):
         return torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""What masks do to patches and to label maps: membership, pooling, semantic and panoptic output.
+"""What masks do to patches and to label maps: membership, pooling, ensemble, semantic and panoptic output.
 
 Masks are logits; a pixel is inside where the sigmoid is at least .5, which is where the logit is at least 0. Masks are brought
 to the output's size in strips of rows, so that no mask has a map of its own at image size.
@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovbench.ops.assemble import linear_weights, strips
+from ovbench.ops.full_precision import product
 
 NOWHERE = -1e4  # logit of a mask that is inside nowhere: what rows are padded with
+OUTSIDE = -10.0  # logit in the padding of an image
+MASKS_AT_ONCE = 10  # at the size of CLIP's input
+EPSILON = 1e-8  # of FC-CLIP's public code: beside areas, and in the logarithm of its ensemble
 
 
 class Overlaid(NamedTuple):
@@ -42,6 +46,45 @@ def padded(masks: list[Tensor], count: int) -> Tensor:
     return torch.stack([F.pad(row, (0, 0, 0, 0, 0, count - len(row)), value=NOWHERE) for row in rows])
 
 
+def with_padding(masks: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
+    """Mask logits (M, h', w') that span a padded image, of masks (M, h, w) that span the image at its top left.
+
+    In the padding a mask is outside. Where the image ends between two samples they are moved a little, bilinearly.
+
+    Args:
+        masks: Logits (M, h, w).
+        size: The image's (H, W) in pixels.
+        padded_size: With its padding.
+    """
+    if size == padded_size or not len(masks):
+        return masks
+    cells = zip(masks.shape[-2:], size, padded_size, strict=True)
+    height, width = (max(1, round(count * whole / side)) for count, side, whole in cells)
+    return _respanned(masks, (height, width), size, padded_size)
+
+
+def without_padding(
+    masks: Tensor, grid: tuple[int, int], size: tuple[int, int], padded_size: tuple[int, int]
+) -> Tensor:
+    """Masks (M, h, w) on the ``grid`` that spans the image, of masks (M, h', w') as :func:`with_padding` makes them."""
+    return masks if size == padded_size or not len(masks) else _respanned(masks, grid, padded_size, size)
+
+
+def _respanned(masks: Tensor, grid: tuple[int, int], old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Masks (M, *grid) that span ``new`` pixels, of masks that span ``old`` pixels from the same corner."""
+    rows, columns = masks.shape[-2:]
+    if grid[0] * old[0] == rows * new[0] and grid[1] * old[1] == columns * new[1]:  # the same stride, an exact cut
+        return F.pad(masks, (0, grid[1] - columns, 0, grid[0] - rows), value=OUTSIDE)
+    centres = [
+        (torch.arange(count, device=masks.device) + 0.5) * whole / (count * side)
+        for count, side, whole in zip(grid, old, new, strict=True)
+    ]
+    y, x = torch.meshgrid(*centres, indexing="ij")  # 1 is where the old span ends
+    places = torch.stack([x, y], dim=-1)[None] * 2 - 1
+    moved = F.grid_sample(masks[None].float(), places, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    return moved.masked_fill((x > 1) | (y > 1), OUTSIDE)
+
+
 def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Mask logits (M, H, W) at ``size`` of masks (M, h, w), bilinear."""
     if tuple(masks.shape[-2:]) == size or not masks.shape[0]:
@@ -50,20 +93,29 @@ def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return found
 
 
-def touched_patches(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+@torch.no_grad()
+def touched_patches(masks: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Which patches have a pixel of a mask (B, M, N), bool, row-major over ``grid``; N = h * w.
 
-    Taken at the masks' own resolution. A mask that touches no patch counts as touching all: the softmax over its patches
-    needs one, and what it covers is nothing anyway (as Mask2Former's masked attention does).
+    The masks are first resized bilinearly to CLIP's input, as MaskCLIP's public code does: along edges this adds patches
+    that the small mask does not touch. A mask that is inside nowhere touches none.
 
     Args:
         masks: Logits (B, M, h, w).
         grid: Patch grid (h, w).
+        size: CLIP's input (H, W) in pixels.
     """
-    if not masks.shape[1]:
-        return torch.zeros(len(masks), 0, grid[0] * grid[1], dtype=torch.bool, device=masks.device)
-    touched = F.adaptive_max_pool2d(masks, grid).flatten(2) >= 0
-    return touched | ~touched.any(dim=-1, keepdim=True)
+    found = torch.zeros(*masks.shape[:2], grid[0] * grid[1], dtype=torch.bool, device=masks.device)
+    for first in range(0, masks.shape[1], MASKS_AT_ONCE):  # at the input's size all masks at once take gigabytes
+        part = masks[:, first : first + MASKS_AT_ONCE].float()
+        if tuple(part.shape[-2:]) != size:
+            part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+        if part.shape[-2] % grid[0] or part.shape[-1] % grid[1]:
+            pooled = F.adaptive_max_pool2d(part, grid)
+        else:  # the same, faster
+            pooled = F.max_pool2d(part, (part.shape[-2] // grid[0], part.shape[-1] // grid[1]))
+        found[:, first : first + MASKS_AT_ONCE] = pooled.flatten(2) >= 0
+    return found
 
 
 def mask_pool(features: Tensor, masks: Tensor) -> Tensor:
@@ -71,16 +123,17 @@ def mask_pool(features: Tensor, masks: Tensor) -> Tensor:
 
     Args:
         features: (B, C, h, w).
-        masks: Logits (B, M, H, W); resized bilinearly to (h, w) first, as FC-CLIP does.
+        masks: Logits (B, M, H, W); resized bilinearly to (h, w) first, and inside where they are above 0, both as in
+            FC-CLIP's public code: a place whose logits average to 0 is outside.
     """
     grid = (features.shape[-2], features.shape[-1])
     if not masks.shape[1]:
         return features.new_zeros(len(masks), 0, features.shape[1], dtype=torch.float32)
     if tuple(masks.shape[-2:]) != grid:
         masks = F.interpolate(masks, size=grid, mode="bilinear", align_corners=False)
-    inside = (masks >= 0).flatten(2).float()  # (B, M, N)
-    area = inside.sum(dim=-1, keepdim=True).clamp(min=1)
-    pooled: Tensor = (inside @ features.float().flatten(2).transpose(1, 2)) / area
+    inside = (masks > 0).flatten(2).float()  # (B, M, N)
+    area = inside.sum(dim=-1, keepdim=True) + EPSILON
+    pooled: Tensor = product(inside, features.flatten(2).transpose(1, 2)) / area
     return pooled
 
 
@@ -163,6 +216,37 @@ def panoptic_ids(
     place[chosen] = torch.arange(len(chosen), device=masks.device)
     segment = torch.where(alive, place[owner], -1)
     return torch.where(found.inside, segment[found.winner], -1), classes[chosen]
+
+
+def geometric_ensemble(
+    inner: Tensor, outer: Tensor, seen: Tensor, alpha: float = 0.4, beta: float = 0.8, valid: Tensor | None = None
+) -> Tensor:
+    """FC-CLIP's ensemble of two classifiers of masks: log(p_in^(1-w) p_out^w) (..., K), whose softmax are probabilities.
+
+    w is ``alpha`` where a class was seen in training and ``beta`` elsewhere. With void, logarithms of probabilities
+    (..., K + 1): void keeps the inner classifier's probability v, and the classes share 1 - v by the softmax of the above.
+
+    Args:
+        inner: Logits (..., K) of the trained classifier, or (..., K + 1) with void last.
+        outer: Logits (..., K) of frozen CLIP; of a last column for void nothing is taken.
+        seen: Which classes were seen (K,), bool.
+        alpha: Share of frozen CLIP for seen classes.
+        beta: The same for all others.
+        valid: Masks (...,) that cover at least one cell of the feature map, bool; all others take the inner classifier alone
+            (the public code does so on a ResNet). None: all.
+    """
+    count = len(seen)
+    if inner.shape[-1] not in (count, count + 1) or outer.shape[-1] not in (count, count + 1):
+        raise ValueError(f"{inner.shape[-1]} and {outer.shape[-1]} columns for {count} classes, with or without void.")
+    share = torch.where(seen, alpha, beta).to(inner)
+    if valid is not None:
+        share = share * valid[..., None]
+    ours, clips = (logits[..., :count].log_softmax(dim=-1) for logits in (inner, outer))
+    mixed = ours + share * (clips - ours)
+    if inner.shape[-1] == count:
+        return mixed
+    void = inner.softmax(dim=-1)[..., -1:]
+    return torch.cat([mixed.softmax(dim=-1) * (1 - void), void], dim=-1).add(EPSILON).log()
 
 
 def mask_iou(one: Tensor, other: Tensor) -> Tensor:

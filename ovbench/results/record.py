@@ -186,6 +186,11 @@ class RunRecord(Stored):
     demo: bool = Field(description="true for the built-in CLIP on generated scenes: a check of the pipeline only")
     reason: str | None = Field(description="why the run is not ok, or why it is partial")
     failures: tuple[ImageFailure, ...] = Field((), description="images that were skipped (--on-error skip)")
+    constants: str | None = Field(
+        None,
+        description="for which backbone the method's constants were published and where, or that they are inferred for this "
+        "one; null where none depends on the backbone",
+    )
 
     @field_validator("run_id")
     @classmethod

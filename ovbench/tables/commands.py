@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ovbench.errors import DataError
-from ovbench.registry import CLOSED_SET, method_info, method_names
+from ovbench.registry import method_info, method_names
 from ovbench.results.measured import Measured, metric
 from ovbench.tables import published
 from ovbench.tables.match import TRAINED_ON, TRAINING_OVERRIDES, judge
@@ -89,7 +89,7 @@ class Training:
         return max(found)[1] if found else None
 
     def _is(self, spec: Any) -> bool:
-        told = changed_options(spec.method, spec.method_options) or {}
+        told = changed_options(spec.method, spec.method_options, spec.arch) or {}
         asked = {name: value for name, value in self.options if str(default_option(self.method, name)) != value}
         return (
             (spec.method, spec.dataset) == (self.method, self.dataset)
@@ -129,7 +129,7 @@ class Command:
         Args:
             weights: File of the trained weights; None is a name for it.
         """
-        from ovbench.evaluate.sweep.plan import flags
+        from ovbench.spec import flags
 
         words = [self.verb, "--method", self.method, "--dataset", self.dataset, *flags(self.settings)]
         if self.verb == "profile":
@@ -241,7 +241,9 @@ def _commands(entry: Printed, want: Wanted) -> Iterable[Command]:
     else:
         others = {**want.prefer, **want.require}
         settings |= {
-            name: _text(others[name]) for name in ("part", "features", "classes", "count", "dtype") if name in others
+            {"classes": "num_classes"}.get(name, name): _text(others[name])
+            for name in ("part", "features", "classes", "count", "dtype")
+            if name in others
         }
         # Parameters do not depend on what is fed: whatever else is measured of the row decides.
         if entry.metric == "params":
@@ -261,7 +263,7 @@ def _run(want: Wanted, dataset: str, settings: dict[str, str], options: dict[str
     assert source is not None  # _why_not has seen to it
     overrides = tuple(want.require.get(_OPTION + TRAINING_OVERRIDES) or ())
     prompts = settings.get("prompts")
-    closed = method_info(want.method).track == CLOSED_SET
+    closed = not method_info(want.method).takes_words
     encoder = f"{arch or 'encoder'}-imagenet.pth" if closed else None
     training = Training(want.method, source or dataset, arch, tuple(options.items()), overrides, prompts, encoder)
     told = f"trained on {training.dataset}" + (f" with {', '.join(overrides)}" if overrides else "")
@@ -272,13 +274,13 @@ def _run(want: Wanted, dataset: str, settings: dict[str, str], options: dict[str
 
 
 def _needs_training(want: Wanted) -> bool:
-    return method_info(want.method).track == CLOSED_SET or want.method in published.trained_methods()
+    return not method_info(want.method).takes_words or want.method in published.trained_methods()
 
 
 def _trained_on(want: Wanted) -> str | None:
     """The benchmark that weights are trained on: '' is the one of the run; None where nothing says which."""
     told = {**want.assume, **want.require}.get(_OPTION + TRAINED_ON)
-    if told is None and method_info(want.method).track == CLOSED_SET:
+    if told is None and not method_info(want.method).takes_words:
         return ""
     return told
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ovbench.errors import UsageError
 from ovbench.results.measured import Measured, figure, metric
-from ovbench.tables.method_defaults import changed_options
+from ovbench.tables.method_defaults import changed_options, inferred_constants
 from ovbench.tables.published import Wanted, plain_arch
 
 _OF_INPUT = ("features", "input", "protocol.mode")  # parameters do not depend on these
@@ -138,7 +138,11 @@ def _judge_options(measured: Measured, want: Wanted, reasons: list[str], remarks
     overrides = measured.options.get(TRAINING_OVERRIDES)
     if want.accuracy and overrides and f"method_options.{TRAINING_OVERRIDES}" not in want.require:
         reasons.append(f"training has overrides: {', '.join(overrides)}")
-    changed = changed_options(measured.method, _as_json(measured.options))
+    options = _as_json(measured.options)
+    inferred = inferred_constants(measured.method, options, measured.arch)
+    if inferred and want.accuracy:
+        remarks.append(inferred)
+    changed = changed_options(measured.method, options, measured.arch)
     if changed is None:
         if measured.options:
             remarks.append("the method's default options cannot be read: they are taken as the paper's")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ovbench.benchmarks import names
 from ovbench.benchmarks.benchmark import Benchmark
-from ovbench.errors import DataError, UsageError
+from ovbench.errors import UsageError
 from ovbench.evaluate.signals import leave_signals
 from ovbench.ops.panoptic import NO_SEGMENT, Segments
 from ovbench.train.recipe import Recipe
@@ -34,13 +34,29 @@ def seed_at(seed: int, *position: int) -> int:
     return int(np.random.SeedSequence([seed, *position]).generate_state(1)[0])
 
 
-def pipeline(recipe: Recipe, panoptic: bool = False) -> list[dict[str, Any]]:
+def chosen_images(images: int, fraction: float, seed: int) -> tuple[int, ...] | None:
+    """Indices, ascending, of a share of so many images; None for all. A smaller share is a part of any larger one.
+
+    Args:
+        images: Number of images N.
+        fraction: Share in 0..1; at least one image is chosen.
+        seed: Of the choice.
+    """
+    if fraction == 1:
+        return None
+    order = np.random.Generator(np.random.PCG64(seed_at(seed, 2))).permutation(images)
+    return tuple(sorted(int(index) for index in order[: max(1, round(fraction * images))]))
+
+
+def pipeline(recipe: Recipe, benchmark: Benchmark) -> list[dict[str, Any]]:
     """The recipe's augmentation as mmseg transforms; of panoptic labels the segments go through them as well."""
     side = (recipe.crop, recipe.crop)
-    load, pack = ("LoadPanopticAnnotations", "PackPanopticInputs") if panoptic else ("LoadAnnotations", "PackSegInputs")
+    load, pack = benchmark.label_step, "PackSegInputs"
+    if benchmark.panoptic is not None:
+        load, pack = {"type": "mmseg.LoadPanopticAnnotations"}, "PackPanopticInputs"
     steps: list[dict[str, Any]] = [
         {"type": "mmengine.LoadCompleteImage"},
-        {"type": f"mmseg.{load}"},
+        load,
         {
             "type": "RandomResize",
             "scale": tuple(recipe.resize),
@@ -103,30 +119,27 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     Args:
         dataset: mmseg dataset with :func:`pipeline`.
-        benchmark: Knows which ids there are.
         crop: S; smaller images are padded at the right and bottom, their labels with 255.
         seed: Seed of the augmentation.
         segments: Give the segments as well; only of a panoptic benchmark.
+        chosen: Indices of the images that are used; None: all.
     """
 
-    def __init__(self, dataset: Any, benchmark: Benchmark, crop: int, seed: int, segments: bool = False) -> None:
-        self.dataset, self.benchmark, self.crop, self.seed, self.segments = dataset, benchmark, crop, seed, segments
+    def __init__(
+        self, dataset: Any, crop: int, seed: int, segments: bool = False, chosen: Sequence[int] | None = None
+    ) -> None:
+        self.dataset, self.crop, self.seed, self.segments = dataset, crop, seed, segments
+        self.chosen = range(len(dataset)) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.chosen)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        index, position = item
+        number, position = item
+        index = self.chosen[number]
         with seeded(seed_at(self.seed, 0, position)):
             sample = self.dataset[index]
         image, label = sample["inputs"].flip(0), sample["data_samples"].gt_sem_seg.data[0].long()
-        if image.shape[-2:] != label.shape:
-            meta = sample["data_samples"].metainfo
-            raise DataError(f"The label '{meta['seg_map_path']}' has not the size of the image '{meta['img_path']}'.")
-        beyond = (label >= self.benchmark.num_classes) & (label != self.benchmark.ignore_index)
-        if bool(beyond.any()):
-            source = sample["data_samples"].metainfo["seg_map_path"]
-            self.benchmark.require_in_range(label.numpy(), source)
         height, width = label.shape
         if (height, width) != (self.crop, self.crop):
             padded = torch.tensor(PADDING, dtype=image.dtype)[:, None, None].repeat(1, self.crop, self.crop)
@@ -144,8 +157,16 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return marked
 
 
-def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *, segments: bool = False) -> TrainingSet:
-    """The training images of a benchmark's split under a recipe, with their segments where wanted.
+def training_set(
+    benchmark: Benchmark,
+    root: Path,
+    recipe: Recipe,
+    seed: int,
+    *,
+    segments: bool = False,
+    chosen: Sequence[int] | None = None,
+) -> TrainingSet:
+    """The training images of a benchmark's split under a recipe (``chosen`` ones alone), with their segments where wanted.
 
     Raises:
         UsageError: Segments of a benchmark that has none.
@@ -157,15 +178,14 @@ def training_set(benchmark: Benchmark, root: Path, recipe: Recipe, seed: int, *,
     from ovbench.mm.compat import import_mmseg
 
     mmseg = import_mmseg()
-    # registers the panoptic dataset and LoadCompleteImage
-    for module in ("ovbench.mm.panoptic_dataset", "ovbench.evaluate.loop"):
-        importlib.import_module(module)
     from mmengine.registry import DefaultScope
 
-    steps = pipeline(recipe, panoptic=benchmark.panoptic is not None)
+    for module in ("mm.label_loading", "mm.panoptic_dataset", "evaluate.loop"):  # they register what the pipeline names
+        importlib.import_module(f"ovbench.{module}")
+    steps = pipeline(recipe, benchmark)
     cfg = benchmark.dataset_cfg(root, short_side=0, long_side=1, pipeline=steps)
     with DefaultScope.overwrite_default_scope("mmseg"):
-        return TrainingSet(mmseg.registry.DATASETS.build(cfg), benchmark, recipe.crop, seed, segments)
+        return TrainingSet(mmseg.registry.DATASETS.build(cfg), recipe.crop, seed, segments, chosen)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

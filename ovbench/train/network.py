@@ -94,7 +94,7 @@ def open_vocabulary_subject(
     resolved = resolve(method, weights, options)
     preset = protocol("paper", benchmark.name, method=method)
     wording = preset.wording if preset.wording in benchmark.wordings else benchmark.wordings[0]
-    words = [entry[0] for entry in benchmark.words(wording)]
+    words = trained_words(benchmark, wording)
     chosen = prompts(sentences or preset.templates)
     built = resolved.cls.load(weights, arch, resolved.config, seed=seed, device=device, training=True)
     built.set_training_classes(words, chosen)
@@ -113,6 +113,11 @@ def open_vocabulary_subject(
         weights_sha256=built.clip.weights_sha256,
         exported=exported,
     )
+
+
+def trained_words(benchmark: Any, wording: str) -> list[str]:
+    """The word that each class of a benchmark is trained by: the first one under a wording."""
+    return [entry[0] for entry in benchmark.words(wording)]
 
 
 def closed_set_subject(
@@ -183,10 +188,11 @@ def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], 
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
         frozen += 0 if id(parameter) in chosen else parameter.numel()
-    rows = []
+    sizes: dict[tuple[str, float], int] = {}  # norms that do not decay are a group of their own, but no part
     for group in groups:
-        size = sum(parameter.numel() for parameter in group.parameters)
-        rows.append(PartReport(part=group.name, params=size, trainable=size, lr_mult=group.lr_mult))
+        part = (group.name, group.lr_mult)
+        sizes[part] = sizes.get(part, 0) + sum(parameter.numel() for parameter in group.parameters)
+    rows = [PartReport(part=name, params=size, trainable=size, lr_mult=lr) for (name, lr), size in sizes.items()]
     if frozen:
         rows.append(PartReport(part="frozen", params=frozen, trainable=0, lr_mult=None))
     return groups, tuple(rows)

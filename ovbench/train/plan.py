@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
+from ovbench.hashing import sha256_of
 from ovbench.paths import cache_dir, user_path
 from ovbench.train import processes
 from ovbench.train import record as records
@@ -69,6 +70,7 @@ class Plan:
         root: Where it lies.
         subject: The network.
         groups: What is trained.
+        subset: Names of the images that are used by index, where those are not all.
     """
 
     spec: TrainSpec
@@ -77,6 +79,7 @@ class Plan:
     root: Path
     subject: Subject
     groups: list[ParameterGroup] = field(repr=False)
+    subset: dict[int, str] | None = field(repr=False, default=None)
 
 
 def plan(
@@ -119,7 +122,9 @@ def plan(
     from ovbench import benchmarks
     from ovbench.models.build import require_device
     from ovbench.registry import method_info
+    from ovbench.train import accumulation
     from ovbench.train import network as subjects
+    from ovbench.train.data import chosen_images
     from ovbench.train.recipe import ANY
     from ovbench.train.recipe import recipe as recipe_of
 
@@ -137,6 +142,11 @@ def plan(
         small = {**DEMO_RECIPE, **(DEMO_CLOSED_SET if closed else DEMO_OPEN_VOCABULARY)}
         declared = {benchmark.name: {**kept, **small}}
         method_options = {**subjects.trial_options(method), **(method_options or {})}
+    if device == "cpu":  # which has no loss scaling
+        declared = {
+            name: {**fields, "amp": "off"} if fields.get("amp") == "float16" else fields
+            for name, fields in declared.items()
+        }
     recipe, moved = recipe_of(declared, benchmark.name, recipe_file, changes)
     require_device(device)
     rank, world = processes.join(where.launcher, device)
@@ -145,10 +155,17 @@ def plan(
     with processes.first_alone(where.launcher, rank):
         root, synthetic = _data(benchmark, where, demo)
     fingerprint = benchmark.fingerprint(root)
-    images = len(benchmark.pairs(root))
+    names = [pair.stem for pair in benchmark.pairs(root)]
+    used = chosen_images(len(names), recipe.data_fraction, seed)
+    subset = None if used is None else {index: names[index] for index in used}
+    images = len(names if subset is None else subset)
     chosen = dict(method_options or {})
     frequencies = None
     if subjects.needs_class_frequencies(method, chosen):
+        if subset is not None:
+            raise UsageError(
+                f"'{method}' weighs classes by how frequent they are in all training images: leave data_fraction away."
+            )
         from ovbench.benchmarks.frequencies import class_pixels
 
         with processes.first_alone(where.launcher, rank):  # the others find them counted
@@ -171,6 +188,7 @@ def plan(
             method, chosen, arch, weights, benchmark, sentences=sentences, seed=seed, device=device
         )
     groups, parts = subjects.choose_parameters(subject.network, recipe.policy)
+    accumulation.prepare(subject.network, recipe, world)
     spec = TrainSpec(
         method=info.name,
         method_options={**subject.options, **info.recorded()},
@@ -182,6 +200,7 @@ def plan(
         dataset_version=benchmark.version,
         dataset_fingerprint=fingerprint,
         images=images,
+        subset_sha256=None if subset is None else sha256_of(list(subset.values())),
         recipe=recipe,
         overrides=moved,
         planned=recipe.iterations(images),
@@ -191,7 +210,7 @@ def plan(
         processes=world,
         demo=synthetic,
     )
-    return Plan(spec, parts, benchmark, root, subject, groups)
+    return Plan(spec, parts, benchmark, root, subject, groups, subset)
 
 
 def _data(benchmark: Benchmark, options: TrainOptions, demo: bool) -> tuple[Path, bool]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.paths import user_path
-from ovbench.spec import validated
+from ovbench.spec import long_dtype, validated
 
+# Fields that the first released trainings do not have: at their defaults, which is what was done before, no hash knows them.
+ADDED_LATER = ("accumulate", "checkpoint_activations", "data_fraction")
+# Fields that move the weights by rounding at most: a trained file need not tell them.
+SAME_WEIGHTS = ("accumulate", "checkpoint_activations")
 ANY = "*"  # stands for every benchmark that a method has no own recipe for
 
 
@@ -45,11 +49,22 @@ class Recipe(BaseModel):
     flip: float = Field(0.5, ge=0, le=1, description="share of mirrored images")
     photometric: bool = Field(True, description="random brightness, contrast, saturation and hue")
     grad_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; None = no limit")
-    amp: Literal["off", "bfloat16", "float16"] = Field("off", description="autocast of the forward")
+    amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(long_dtype)] = Field(
+        "off", description="autocast of the forward"
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="weight of the new parameters in their running mean; None = no mean"
     )
     sync_bn: bool = Field(True, description="batch statistics over all processes, where there are several GPUs")
+    accumulate: int = Field(
+        1, ge=1, description="parts in which a process takes its images of an iteration; their gradients are added up"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="keep less for the backward pass and compute it again: less memory, a third more operations"
+    )
+    data_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the training images that is used, drawn once by the seed"
+    )
     policy: str = Field("all", description="which parameters are trained; the method says what it knows")
 
     @model_validator(mode="after")

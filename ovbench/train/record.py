@@ -16,11 +16,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from ovbench.errors import DataError, OvbenchWarning, RunError
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.results.record import Environment, json_text
-from ovbench.train.recipe import Recipe
+from ovbench.train.recipe import ADDED_LATER, Recipe
 
 DEFAULT_ROOT = Path("results") / "trainings"
-RECORD, LOSSES, CURVES, WEIGHTS, CHECKPOINTS = (
-    "training.json", "losses.jsonl", "losses.png", "model.safetensors", "checkpoints",
+RECORD, LOSSES, CURVES, WEIGHTS, CHECKPOINTS, SUBSET = (
+    "training.json", "losses.jsonl", "losses.png", "model.safetensors", "checkpoints", "images.txt",
 )  # fmt: skip
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,10 @@ class TrainSpec(BaseModel):
     dataset: str = Field(description="benchmark id")
     dataset_version: int = Field(description="version of the benchmark definition")
     dataset_fingerprint: str = Field(description="of the training split's files")
-    images: int = Field(ge=1, description="training images")
+    images: int = Field(ge=1, description="training images that are used")
+    subset_sha256: str | None = Field(
+        None, description="of the names of these where they are not all (recipe.data_fraction); images.txt lists them"
+    )
     recipe: Recipe
     overrides: tuple[str, ...] = Field((), description="fields of the recipe that the user set against the method's")
     planned: int = Field(ge=1, description="iterations of the schedule")
@@ -57,8 +60,17 @@ class TrainSpec(BaseModel):
         return min(self.planned, self.limit_iters or self.planned)
 
     def spec_hash(self) -> str:
-        """sha256 over the canonical JSON of all fields: equal hashes are the same training."""
-        return sha256_of(self.model_dump(mode="json"))
+        """sha256 over the canonical JSON of all fields: equal hashes are the same training.
+
+        Fields that came later count only where they differ from their default, so that a training keeps its hash.
+        """
+        content = self.model_dump(mode="json")
+        for name in ADDED_LATER:
+            if getattr(self.recipe, name) == Recipe.model_fields[name].default:
+                del content["recipe"][name]
+        if self.subset_sha256 is None:
+            del content["subset_sha256"]
+        return sha256_of(content)
 
 
 class PartReport(BaseModel):

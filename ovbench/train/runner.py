@@ -21,14 +21,14 @@ from ovbench.mm.compat import prepare
 prepare()
 
 from mmengine.hooks import EMAHook, Hook  # noqa: E402
-from mmengine.model import BaseModel  # noqa: E402
+from mmengine.model import BaseModel, MMDistributedDataParallel  # noqa: E402
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWrapper, PolyLR  # noqa: E402
 from mmengine.registry import LOOPS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
 from ovbench.errors import RunError, WeightsError  # noqa: E402
 from ovbench.models.closed_set import ParameterGroup  # noqa: E402
-from ovbench.train import checkpoint  # noqa: E402
+from ovbench.train import accumulation, checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
 from ovbench.train.processes import any_of  # noqa: E402
 from ovbench.train.recipe import Recipe  # noqa: E402
@@ -64,11 +64,12 @@ class TrainingModel(BaseModel):  # type: ignore[misc]
 
     Args:
         network: Has ``losses(images, labels)``.
+        parts: In how many parts a batch goes through it.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, parts: int = 1) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.parts = network, parts
 
     def init_weights(self) -> None:
         """Nothing: the network comes with its weights."""
@@ -78,6 +79,18 @@ class TrainingModel(BaseModel):  # type: ignore[misc]
         given = {} if segments is None else {"segments": segments}
         losses: dict[str, Tensor] = self.network.losses(image, label, **given)  # type: ignore[operator]
         return losses
+
+    def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One step of the optimiser; losses by name."""
+        return accumulation.step(self, self, data, optim_wrapper, self.parts)
+
+
+class ParallelModel(MMDistributedDataParallel):  # type: ignore[misc]
+    """A :class:`TrainingModel` in several processes."""
+
+    def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One step of the optimiser by the mean gradient of all processes; this one's losses by name."""
+        return accumulation.step(self, self.module, data, optim_wrapper, self.module.parts)
 
 
 class CPUAmpWrapper(OptimWrapper):  # type: ignore[misc]
@@ -217,15 +230,11 @@ class TrainRunner(Runner):  # type: ignore[misc]
         """The model, synchronised over processes where there are several; on the device it was built on."""
         if not self.distributed:
             return model
-        from mmengine.model import MMDistributedDataParallel
-
         device = next(model.parameters()).device
         devices = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer torch calls broadcast_buffers by another name
-            return MMDistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-            )
+            return ParallelModel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
 
     @property
     def plain_model(self) -> nn.Module:
@@ -340,7 +349,7 @@ def build_runner(
     if recipe.ema is not None:
         hooks.append(EMAHook(ema_type="ExponentialMovingAverage", momentum=recipe.ema, update_buffers=False))
     return TrainRunner(
-        model=TrainingModel(network),
+        model=TrainingModel(network, recipe.accumulate),
         work_dir=str(work_dir),
         train_dataloader=loader(images, Positions(len(images), seed, each), 0, device),
         train_cfg={"type": TrainLoop, "stop": stop, "start_loader": _Uncopied(start_loader)},

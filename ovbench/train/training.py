@@ -19,7 +19,9 @@ from ovbench.results import store
 from ovbench.results.record import Environment, new_run_id
 from ovbench.train import processes
 from ovbench.train import record as records
+from ovbench.train.network import trained_words
 from ovbench.train.plan import Plan, TrainOptions
+from ovbench.train.recipe import SAME_WEIGHTS
 from ovbench.train.record import TrainRecord, TrainSpec
 
 
@@ -88,6 +90,10 @@ def _train(
     )
     if lead:
         records.write(state, folder)
+        if planned.subset is not None:
+            (folder / records.SUBSET).write_text(
+                "".join(f"{name}\n" for name in planned.subset.values()), encoding="utf-8"
+            )
         where.on_message(
             f"{'Resuming' if done else 'Training'} {folder.name}" + (f" from iteration {done}" if done else "")
         )
@@ -133,6 +139,7 @@ def _train(
                     spec.recipe,
                     spec.seed,
                     segments=planned.benchmark.panoptic is not None and planned.subject.takes_segments,
+                    chosen=None if planned.subset is None else tuple(planned.subset),
                 ),
                 journal,
                 seed=spec.seed,
@@ -201,11 +208,12 @@ def _about(spec: TrainSpec, state: TrainRecord) -> trained_file.About:
         arch=spec.arch,
         dataset=spec.dataset,
         class_names=list(benchmarks.get(spec.dataset).class_names),
+        words=trained_words(benchmarks.get(spec.dataset), spec.wording) if spec.wording else [],
         training=state.train_id,
         spec_hash=state.spec_hash,
         iterations=spec.stop,
         planned=spec.planned,
-        overrides=[f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides],
+        overrides=[f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides if name not in SAME_WEIGHTS],
         demo=spec.demo,
     )
 
@@ -248,7 +256,7 @@ def _clear(error: Exception) -> OvbenchError:
         return RunError("Batch norm needs at least two images per process: --set batch=2 or more.")
     if "out of memory" in str(error).lower():
         return RunError(
-            f"Out of memory: {str(error).splitlines()[0]} Use a smaller batch or crop (--set batch=..., --set crop=...), or "
-            "--set amp=bfloat16."
+            f"Out of memory: {str(error).splitlines()[0]} --set accumulate=2 (or more) and --set checkpoint_activations=true "
+            "keep the recipe; else --set amp=bfloat16, a smaller batch or crop."
         )
     return clear_error(error)

@@ -10,6 +10,7 @@ from ovbench.errors import UsageError
 from ovbench.paths import user_path
 
 Classes = Sequence[str | Sequence[str]]  # each a word or a list of words
+BACKGROUND = "background"
 LIST_SUFFIXES = {".txt", ".csv", ".lst"}
 
 
@@ -76,11 +77,11 @@ def read(classes: str) -> list[ClassEntry]:
         UsageError: Nothing in it, or a file that is not there.
     """
     path = user_path(classes)
-    if _is_file(path):
+    if is_file(path):
         return read_file(path)
     if path.suffix in LIST_SUFFIXES or "/" in classes:
         raise UsageError(
-            f"No class list '{classes}'. Give words with commas between them, or a file with one class per line."
+            f"No class list '{classes}'. Give words with commas between them, a benchmark's name, or a file with one class per line."
         )
     entries = [ClassEntry(word, (word,)) for word in _words(classes)]
     if not entries:
@@ -101,14 +102,21 @@ def require_different(entries: Sequence[ClassEntry], source: str) -> None:
         seen.add(entry.name)
 
 
+def background_in(classes: Classes) -> int | None:
+    """The index of the class called "background" (its name, or its first word); None where there is none."""
+    names = [entry if isinstance(entry, str) else entry[0] for entry in classes if entry]
+    return next((index for index, name in enumerate(names) if name.strip().lower() == BACKGROUND), None)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether a file of that name is there; a long list of words is no name."""
     try:
         return path.is_file()
-    except OSError:  # a long list of words is no file name
+    except OSError:
         return False
 
 

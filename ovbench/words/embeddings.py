@@ -26,6 +26,18 @@ from ovbench.networks.frozen_clip import FrozenCLIP
 from ovbench.paths import cache_dir, user_path
 from ovbench.words.prompts import Prompts, described
 
+# ViLD's, as FC-CLIP's public code writes them, full stops included
+_SIZES = ("small", "medium", "large")
+FC_CLIP = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    *(f"a photo of a {size} {{}}." for size in _SIZES),
+    *(f"This is a photo of a {size} {{}}." for size in _SIZES),
+    *(f"There is a {size} {{}} in the scene." for size in _SIZES),
+)
 PROMPTS_PER_BATCH = 256  # fixed, so that an embedding never depends on free memory
 _memory: dict[str, Tensor] = {}
 
@@ -53,7 +65,7 @@ def prompts(name: str) -> Prompts:
     """How words become sentences, by the name in ``Protocol.templates``.
 
     Args:
-        name: ``imagenet80``, ``plain`` or ``name`` (the word alone), ``lsmseg``, a JSON file of descriptions, either
+        name: ``imagenet80``, ``fc-clip``, ``plain`` or ``name`` (the word alone), ``lsmseg``, a JSON file of descriptions, either
             with ``:ATTRIBUTES`` behind it or not, or a text file with one template per line.
 
     Raises:
@@ -66,7 +78,7 @@ def prompts(name: str) -> Prompts:
 def templates(name: str) -> list[str]:
     """Prompt templates with one ``{}`` each, by name, or a file's lines.
 
-    Names: ``imagenet80``, ``cat-seg``, ``plain`` or ``name`` (the word alone).
+    Names: ``imagenet80``, ``cat-seg``, ``fc-clip``, ``plain`` or ``name`` (the word alone).
 
     Raises:
         UsageError: No such file, or a line without ``{}``.
@@ -75,6 +87,8 @@ def templates(name: str) -> list[str]:
         return ["{}"]
     if name == "cat-seg":  # PROMPT_ENSEMBLE_TYPE "single" of its code
         return ["A photo of a {} in the scene"]
+    if name == "fc-clip":
+        return list(FC_CLIP)
     if name == "imagenet80":
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
@@ -82,7 +96,7 @@ def templates(name: str) -> list[str]:
     path = user_path(name)
     if not path.is_file():
         raise UsageError(
-            f"Unknown prompts '{name}': give imagenet80, plain, lsmseg, lsmseg:ATTRIBUTE+ATTRIBUTE, a .json file of "
+            f"Unknown prompts '{name}': give imagenet80, fc-clip, plain, lsmseg, lsmseg:ATTRIBUTE+ATTRIBUTE, a .json file of "
             "descriptions, or a file with one template per line."
         )
     try:

@@ -16,7 +16,7 @@ from ovbench.benchmarks.check.findings import Findings
 from ovbench.benchmarks.check.one_pair import Counts, Seen, look
 from ovbench.benchmarks.check.outcome import CheckReport, Problem
 from ovbench.benchmarks.check.segment_faults import PanopticFindings
-from ovbench.benchmarks.labels import id_ranges
+from ovbench.benchmarks.labels import KINDS, id_ranges
 from ovbench.benchmarks.layout import Pair, Scan
 from ovbench.benchmarks.synth.copies import is_synthetic
 from ovbench.errors import DataError
@@ -27,12 +27,19 @@ _ENOUGH_FILES = 5
 _CHANCE = 0.001
 # Below that many classes ids 1, 2, 3 in every file are nothing special.
 _MANY_CLASSES = 10
-# Faults of single files, which a run can pass over.
-_OF_ONE_FILE = {"missing_images", "missing_labels", "unreadable_image", "unreadable_label", "size_mismatch"}
+# Faults of single files, which a run can pass over; ids that no class has speak of the whole copy.
+_OF_ONE_FILE = {"missing_images", "unreadable_image", *KINDS} - {
+    "narrow_ids",
+    "wide_ids",
+    "out_of_range",
+    "segment_ids",
+}
 
 
 class _Findings(Findings):
     """Collects what the pairs show and turns it into problems."""
+
+    told_apart = Findings.told_apart | {"out_of_range"}
 
     def __init__(self, benchmark: Benchmark, root: Path) -> None:
         super().__init__(benchmark, root)
@@ -44,26 +51,19 @@ class _Findings(Findings):
 
     def inspect(self, pair: Pair) -> Seen:
         """What is in one pair of files; runs in threads."""
-        return look(pair, self.ignored)
+        return look(pair, self.benchmark.label_rule.stored)
 
     def add(self, seen: Seen) -> None:
         """Takes one pair into account."""
         benchmark = self.benchmark
         self.note_files(
             (seen.pair.image, seen.image_size, seen.image_error),
-            (seen.pair.label, seen.label_size, seen.label_error),
-            seen.lossy,
+            (seen.pair.label, seen.label_size, seen.label_fault),
         )
-        if seen.colour:
-            self.note("colour_label", seen.pair.label, seen.colour)
-        if seen.narrow and benchmark.wide:
-            self.note("narrow_ids", seen.pair.label)
-        if seen.widest > self.ignored or seen.lowest < 0:
-            self.note("wide_ids", seen.pair.label, f"{seen.lowest} to {seen.widest}")
+        if seen.label_fault is not None:
             return
-        if seen.counts is None:
-            return
-        present, ids = seen.counts > 0, self.ids
+        present, ids = np.zeros(self.ignored + 1, bool), self.ids
+        present[seen.values] = True
         wrong = np.nonzero(present & (ids >= benchmark.num_classes) & (ids != self.ignored))[0]
         if wrong.size:
             self.note("out_of_range", seen.pair.label, f"ids {id_ranges(wrong)}")
@@ -81,7 +81,7 @@ class _Findings(Findings):
                 self.note("numbered", seen.pair.label, f"ids {id_ranges(things)}")
         self.readable += 1
         self.files_with += present
-        self.pixels += seen.counts
+        self.pixels[seen.values] += seen.counts
 
     def class_pixels(self) -> Counts:
         """Pixels per training id 0..K-1."""
@@ -103,17 +103,6 @@ class _Findings(Findings):
         """Problems that single files show."""
         tally, made = self.tally, f"{self.benchmark.labels_from}."
         self.judge_readability()
-        if tally["colour_label"]:
-            text = f"{tally['colour_label']} labels are coloured pictures, not one class id per pixel."
-            fix = f"Use the index PNGs, or turn colours into ids and save grey ('L') or palette ('P') PNGs. {made}"
-            self.report("colour_label", "error", text, fix)
-        if tally["narrow_ids"]:
-            classes = self.benchmark.num_classes
-            text = f"{tally['narrow_ids']} labels have 8 bits, which cannot tell {classes} classes apart."
-            self.report("narrow_ids", "error", text, f"Ids above 255 are lost in them. {made}")
-        if tally["wide_ids"]:
-            text = f"{tally['wide_ids']} labels have values outside 0..{self.ignored}."
-            self.report("wide_ids", "error", text, f"These look like instance ids, not class ids. {made}")
         if tally["out_of_range"]:
             low = 1 if self.benchmark.reduce_zero_label else 0
             allowed = f"{low}..{self.benchmark.num_classes - 1 + low}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.check.outcome import Level, Problem
+from ovbench.benchmarks.labels import KINDS, LabelFault
 
 Size = tuple[int, int]
 
@@ -14,10 +15,15 @@ Size = tuple[int, int]
 class Findings:
     """Notes of single files and the problems that come of them.
 
+    Attributes:
+        told_apart: Kinds of faults of labels that a subclass says more of.
+
     Args:
         benchmark: Looked at in the split that is checked.
         root: Data root.
     """
+
+    told_apart: frozenset[str] = frozenset({"missing_labels"})  # the names alone tell
 
     def __init__(self, benchmark: Benchmark, root: Path) -> None:
         self.benchmark, self.root = benchmark, root
@@ -42,19 +48,16 @@ class Findings:
     def note_files(
         self,
         image: tuple[Path, Size | None, str | None],
-        label: tuple[Path, Size | None, str | None],
-        lossy: bool,
+        label: tuple[Path, Size | None, LabelFault | None],
     ) -> None:
-        """Takes path, size and what is wrong of an image and its label, and whether the label is JPEG data."""
+        """Takes path, size and what is wrong of an image and its label."""
         if image[2]:
             self.note("unreadable_image", image[0], image[2])
-        if label[2]:
-            self.note("unreadable_label", label[0], label[2])
+        if label[2] is not None:
+            self.note(label[2].kind, label[0], label[2].detail)
         if image[1] and label[1] and image[1] != label[1]:
             sizes = [f"{width} x {height}" for width, height in (label[1], image[1])]
             self.note("size_mismatch", label[0], f"{sizes[0]}, image {sizes[1]}")
-        if lossy:
-            self.note("lossy_label", label[0])
 
     def judge_readability(self) -> None:
         """Problems that :meth:`note_files` has noted."""
@@ -62,13 +65,7 @@ class Findings:
         if tally["unreadable_image"]:
             text = f"{tally['unreadable_image']} images are damaged or truncated."
             self.report("unreadable_image", "error", text, "Fetch these files again.")
-        if tally["unreadable_label"]:
-            text = f"{tally['unreadable_label']} label files are damaged or no image."
-            self.report("unreadable_label", "error", text, f"Fetch or make them again: {made}")
-        if tally["size_mismatch"]:
-            text = f"{tally['size_mismatch']} labels have another size than their image."
-            fix = "Use images and labels of the same release, none of them resized or rotated."
-            self.report("size_mismatch", "error", text, fix)
-        if tally["lossy_label"]:
-            text = f"{tally['lossy_label']} labels are JPEG data, which changes ids near borders."
-            self.report("lossy_label", "error", text, f"Make them again as PNG: {made}")
+        for kind, known in KINDS.items():
+            if kind in tally and kind not in self.told_apart:
+                text = f"{tally[kind]} {known.many}."
+                self.report(kind, "error", text, known.fix if kind == "size_mismatch" else f"{known.fix} {made}")

@@ -12,7 +12,7 @@ from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.check.findings import Findings, Size
 from ovbench.benchmarks.check.one_pair import read_image
 from ovbench.benchmarks.check.outcome import Level
-from ovbench.benchmarks.labels import id_ranges
+from ovbench.benchmarks.labels import LabelFault, decode_label, id_ranges
 from ovbench.benchmarks.layout import Pair
 from ovbench.benchmarks.panoptic_files import Described, PanopticFile, read_panoptic, segment_ids
 from ovbench.errors import DataError
@@ -30,9 +30,7 @@ class Seen(NamedTuple):
     image_size: Size | None
     image_error: str | None
     label_size: Size | None
-    label_error: str | None
-    lossy: bool
-    mode: str | None
+    label_fault: LabelFault | None
     ids: Counts | None
     counts: Counts | None
 
@@ -65,30 +63,19 @@ class PanopticFindings(Findings):
 
     def inspect(self, pair: Pair) -> Seen:
         """What is in one pair of files; runs in threads and never raises for what is in them."""
-        from PIL import Image
-
         image_size, image_error = read_image(pair.image)
-        label_size, label_error, lossy, mode, ids, counts = None, None, False, None, None, None
         try:
-            with Image.open(pair.label) as label:
-                label.load()
-                label_size, lossy = label.size, label.format == "JPEG"
-                if label.mode in ("RGB", "RGBA"):
-                    ids, counts = np.unique(segment_ids(np.asarray(label), pair.label), return_counts=True)
-                else:
-                    mode = label.mode
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            label_error = str(error) or type(error).__name__
-        return Seen(pair, image_size, image_error, label_size, label_error, lossy, mode, ids, counts)
+            label = segment_ids(decode_label(pair.label, colours=True), pair.label)
+        except LabelFault as fault:
+            return Seen(pair, image_size, image_error, fault.size, fault, None, None)
+        ids, counts = np.unique(label, return_counts=True)
+        return Seen(pair, image_size, image_error, (label.shape[1], label.shape[0]), None, ids, counts)
 
     def add(self, seen: Seen) -> None:
         """Takes one pair into account."""
         pair = seen.pair
-        self.note_files(
-            (pair.image, seen.image_size, seen.image_error), (pair.label, seen.label_size, seen.label_error), seen.lossy
-        )
-        if seen.mode is not None:
-            self.note("not_rgb", pair.label, {"P": "palette", "L": "grey"}.get(seen.mode, seen.mode))
+        image, label = (seen.image_size, seen.image_error), (seen.label_size, seen.label_fault)
+        self.note_files((pair.image, *image), (pair.label, *label))
         told = self.annotations.images.get(pair.label.stem)
         if told is None and not self.broken:
             self.note("no_annotation", pair.label)
@@ -147,10 +134,6 @@ class PanopticFindings(Findings):
         self.judge_readability()
         self._judge_json()
         tally, made, name = self.tally, f"{self.benchmark.labels_from}.", self.benchmark.name
-        if tally["not_rgb"]:
-            text = f"{tally['not_rgb']} labels are no RGB PNGs, whose colours are segment ids."
-            fix = f"These look like semantic labels, or were saved anew with a palette. {made}"
-            self.report("not_rgb", "error", text, fix)
         if tally["ids_not_in_json"]:
             text = f"{tally['ids_not_in_json']} labels have segment ids that the json does not have."
             self.report("ids_not_in_json", "error", text, f"PNGs and json are of different releases. {made}")

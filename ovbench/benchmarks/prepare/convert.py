@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ovbench.benchmarks.labels import IGNORE_INDEX, WIDE_IGNORE_INDEX, id_ranges
 from ovbench.benchmarks.prepare.ade847 import NUM_OBJECTS, OBJECT_IDS
-from ovbench.errors import DataError, UsageError
+from ovbench.errors import DataError
 
 Table = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.integer[Any]]
@@ -160,15 +160,8 @@ def _label_picture(content: bytes, source: str) -> Ids:
     return values.astype(np.int32)
 
 
-def require_scipy() -> None:
-    """Raises ``UsageError`` where .mat files cannot be read."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError("These labels are .mat files, which scipy reads: pip install scipy.")
-
-
 def _matrix(content: bytes, key: str, source: str) -> Ids:
     """An integer matrix (H, W) of a MATLAB file."""
-    require_scipy()
     loadmat = importlib.import_module("scipy.io").loadmat  # scipy brings no types
     try:
         values = np.asarray(loadmat(io.BytesIO(content), variable_names=[key])[key])

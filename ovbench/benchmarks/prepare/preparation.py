@@ -18,7 +18,7 @@ from typing import Any
 
 from ovbench.benchmarks import get
 from ovbench.benchmarks.prepare import sources
-from ovbench.benchmarks.prepare.convert import COPY, RULES, require_scipy, same
+from ovbench.benchmarks.prepare.convert import COPY, RULES, same
 from ovbench.benchmarks.prepare.journal import WORK, Journal
 from ovbench.benchmarks.prepare.recipes import Job, Plan, SplitPlan, plan
 from ovbench.errors import DataError, Interrupted, RunError, UsageError
@@ -95,8 +95,6 @@ def prepare(
     jobs = list({job.output: job for job in made.jobs}.values())
     pending = [job for job in jobs if not journal.is_done(job)]
     _refuse_huge(pending)
-    if any(job.source.path.endswith(".mat") for job in pending):
-        require_scipy()
     if not dry_run and pending:
         try:
             _carry_out(made, journal, pending, len(jobs), workers, progress)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ovbench.errors import OvbenchError
-from ovbench.evaluate.sweep.plan import Grid, Job, ReadSpec, flags, plan
+from ovbench.evaluate.sweep.plan import Grid, Job, ReadSpec, plan
 from ovbench.results.measured import Measured
+from ovbench.spec import flags
 from ovbench.tables import published
 from ovbench.tables.commands import Command, recorded_by, table_commands
 
@@ -124,7 +125,7 @@ def _profile(command: Command, asked: Asked, stored: Sequence[Measured], profile
     chosen = {**dict(command.settings), **{name: value for name, value in (asked.set or {}).items() if name == "dtype"}}
     arguments = (
         "profile", "--method", command.method, "--dataset", command.dataset, *flags(chosen.items()),
-        "--device", device, "--results", str(profiles), "--save", "--json",
+        "--device", device, "--profiles", str(profiles), "--save", "--json",
     )  # fmt: skip
     job = Job(0, command.method, command.dataset, f"profile {_words(tuple(chosen.items()))}".strip(), arguments)
     return replace(job, recorded=recorded_by(command, stored))

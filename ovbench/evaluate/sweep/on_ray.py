@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovbench.errors import RunError, UsageError
+from ovbench.errors import RunError, UsageError, first_line
 from ovbench.evaluate.sweep.job import Outcome, Work, run_job
 from ovbench.evaluate.sweep.plan import Job
 
@@ -71,7 +71,7 @@ class OnRay:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except Exception as error:  # Ray's own kinds, and those of its transport
             what = f"There is no Ray cluster at '{self.address}'" if self.address else "Ray does not start here"
-            raise RunError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+            raise RunError(f"{what}: {first_line(error)}") from error
         self.gpus = float(ray.cluster_resources().get("GPU", 0))
         return self
 

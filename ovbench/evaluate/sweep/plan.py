@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ovbench.errors import DataError, OvbenchError, UsageError, WeightsError, unknown_name
-from ovbench.spec import RunSpec
+from ovbench.errors import DataError, NoBackgroundError, OvbenchError, UsageError, WeightsError, unknown_name
+from ovbench.spec import RunSpec, flags
 
 # Options of ``ovbench run`` that a sweep has to say itself.
 OWN = ("method", "dataset", "data_root", "results", "device", "resume", "skip_recorded", "json", "dump_config", "demo")
@@ -117,10 +117,10 @@ def plan(
         job = Job(index, method, dataset, " ".join(f"{key}={value}" for key, value in chosen), tuple(arguments))
         try:
             jobs.append(_look(job, read_spec(arguments[1:]), data_root, None if again else results, fingerprints))
+        except (DataError, NoBackgroundError, WeightsError) as error:
+            jobs.append(replace(job, problem=str(error)))
         except UsageError as error:
             raise UsageError(f"{job.title}: {error}") from None
-        except (DataError, WeightsError) as error:
-            jobs.append(replace(job, problem=str(error)))
         on_job(index + 1, len(wanted))
     return jobs
 
@@ -149,7 +149,9 @@ Combination = tuple[str, str, Path | None, bool, tuple[tuple[str, str], ...]]
 
 def _combinations(grid: Grid) -> Iterable[Combination]:
     """Every run of a grid: method, dataset, data root, demo, options."""
+    from ovbench import benchmarks
     from ovbench.benchmarks import own
+    from ovbench.registry import expand_methods
 
     for key in (*grid.set, *grid.vary):
         if key.replace("-", "_") in OWN:
@@ -160,50 +162,10 @@ def _combinations(grid: Grid) -> Iterable[Combination]:
     if both:
         raise UsageError(f"'{sorted(both)[0]}' is set and varied: give it once.")
     values = [[(key, value) for value in grid.vary[key]] for key in grid.vary]
-    for dataset, method in itertools.product(_datasets(grid.datasets), _methods(grid.methods)):
+    for dataset, method in itertools.product(benchmarks.expand(grid.datasets), expand_methods(grid.methods)):
         root = None if own.is_path(dataset) or grid.data_root is None else grid.data_root.expanduser().absolute()
         for chosen in itertools.product(*values):
             yield method, dataset, root, grid.demo, (*grid.set.items(), *chosen)
-
-
-def flags(chosen: Iterable[tuple[str, str]]) -> list[str]:
-    """Options of ``ovbench run``: ``dtype=bfloat16`` as ``--dtype=bfloat16``, ``flip=false`` as ``--no-flip``."""
-    flags = []
-    for key, value in chosen:
-        name = key.replace("_", "-")
-        if key.startswith("option."):
-            flags += ["--option", f"{key.removeprefix('option.')}={value}"]
-        elif value in {"true", "false"}:
-            flags.append(f"--{name}" if value == "true" else f"--no-{name}")
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
-
-
-def _methods(given: Iterable[str]) -> list[str]:
-    from ovbench.registry import TRACKS, method_info, method_names
-
-    found: list[str] = []
-    for name in given:
-        track = TRACKS[0] if name == "all" else name
-        if track in TRACKS:
-            found += method_names(track)
-        else:
-            method_info(name)
-            found.append(name)
-    return list(dict.fromkeys(found))
-
-
-def _datasets(given: Iterable[str]) -> list[str]:
-    from ovbench import benchmarks
-
-    found: list[str] = []
-    for name in given:
-        group = benchmarks.names(None if name == "all" else name)
-        if not group:
-            benchmarks.get(name)
-        found += group or [name]
-    return list(dict.fromkeys(found))
 
 
 def read_grids(path: Path) -> list[Grid]:

@@ -168,7 +168,7 @@ def write(record: ProfileRecord, root: str | os.PathLike[str] = DEFAULT_ROOT) ->
             os.replace(whole, path)
     except OSError as error:
         raise RunError(
-            f"Cannot write the profile to '{path}': {error.strerror or error}. Choose another folder with --results DIR."
+            f"Cannot write the profile to '{path}': {error.strerror or error}. Choose another folder with --profiles DIR."
         ) from error
     return path
 

@@ -144,6 +144,7 @@ def _model(spec: ProfileSpec, device: torch.device) -> Subject:
             compile_mode=spec.compile_mode,
             activation=spec.activation,
             seed=spec.seed,
+            background=_background(spec),
         )
     )
     model = built.model
@@ -211,18 +212,30 @@ def _precision(spec: ProfileSpec, device: torch.device) -> AbstractContextManage
 
 
 def _classes(spec: ProfileSpec) -> Classes:
-    """The benchmark's words (or names, for a method that takes no words), or as many made-up ones as are asked for."""
+    """The benchmark's words (or names, for a method that takes no words), or as many made-up ones as classes
+    and words are asked for.
+    """
     from ovbench import benchmarks
     from ovbench.registry import method_info
 
     if spec.dataset is None or spec.classes is not None:
-        return [f"class {number}" for number in range(spec.classes or DEFAULT_CLASSES)]
+        words = [[f"class {number}"] for number in range(spec.classes or DEFAULT_CLASSES)]
+        words[-1] += [f"synonym {number}" for number in range((spec.words or 0) - len(words))]
+        return words
     benchmark = benchmarks.get(spec.dataset)
     if not method_info(spec.method).takes_words:
         return list(benchmark.class_names)
     assert spec.protocol is not None
     wording = spec.protocol.wording if spec.protocol.wording in benchmark.wordings else benchmark.wordings[0]
     return benchmark.words(wording)
+
+
+def _background(spec: ProfileSpec) -> int | None:
+    """The benchmark's background; of made-up classes the first one."""
+    from ovbench import benchmarks
+
+    found = 0 if spec.dataset is None else benchmarks.get(spec.dataset).background
+    return None if found is None else min(found, (spec.classes or found + 1) - 1)
 
 
 def _input_size(spec: ProfileSpec) -> tuple[int, int]:

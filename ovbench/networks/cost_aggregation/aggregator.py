@@ -15,6 +15,7 @@ from ovbench.networks.cost_aggregation.decoder import Up
 from ovbench.networks.cost_aggregation.filtering import rescaled
 from ovbench.networks.cost_aggregation.guidance import over_classes
 from ovbench.networks.cost_aggregation.swin import SwinPair, WindowAttention
+from ovbench.networks.recompute import recomputed
 
 DROPPED = -100.0  # logit of a class that the filter dropped, as in the public code
 
@@ -37,6 +38,23 @@ class AggregatorConfig:
     prompts: int = 1  # prompt_channel: templates whose similarities are kept apart
     pad_len: int = 256  # constant in the public code: shorter class lists are filled up to it
     keep: int = 256  # the same constant: of longer ones, this many classes per image go on; 0: all
+
+    @classmethod
+    def of(cls, dim: int, hidden: int, *, keep: int, **sizes: int) -> AggregatorConfig:
+        """Sizes on a CLIP whose joint space has ``dim`` dimensions, all widths in the proportions of the public configs."""
+        return cls(
+            text_dim=dim,
+            image_dim=dim,
+            text_proj=hidden,
+            image_proj=hidden,
+            decoder_dims=(hidden // 2, hidden // 4),
+            decoder_guidance=(2 * hidden, hidden),
+            decoder_proj=(hidden // 4, hidden // 8),
+            hidden=hidden,
+            pad_len=keep,
+            keep=keep,
+            **sizes,
+        )
 
 
 class Aggregated(NamedTuple):
@@ -111,6 +129,7 @@ class Aggregator(nn.Module):
         self.config = c = AggregatorConfig() if config is None else config
         self.keep = c.keep
         self.rescale = False  # the costs that the filter kept
+        self.recompute = False  # activations, in the backward pass
         self.conv1 = nn.Conv2d(c.prompts, c.hidden, kernel_size=7, padding=3)
         self.guidance_projection = _projection(c.image_dim, c.image_proj)
         self.text_guidance_projection = nn.Sequential(nn.Linear(c.text_dim, c.text_proj), nn.ReLU())
@@ -167,13 +186,13 @@ class Aggregator(nn.Module):
         x = self.conv1(cost.transpose(1, 2).flatten(0, 1))  # (B*T, C, h, w)
         x = x.permute(0, 2, 3, 1).unflatten(0, (batch, -1)).contiguous()
         for layer in self.layers:
-            x = layer(x, image_guide, text_guide)
+            x = recomputed(self.recompute, layer, x, image_guide, text_guide)
         guides = [project(part) for project, part in zip(self.decoder_guidance_projection, finer, strict=True)]
-        return over_classes(lambda part: self._decoded(part, guides), x)
+        return over_classes(lambda part: recomputed(self.recompute, self._decoded, part, *guides), x)
 
-    def _decoded(self, x: Tensor, guides: Sequence[Tensor]) -> Tensor:
+    def _decoded(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         maps = x.permute(0, 1, 4, 2, 3)  # (B, T, C, h, w)
-        maps = self.decoder2(self.decoder1(maps, guides[0]), guides[1])
+        maps = self.decoder2(self.decoder1(maps, first), second)
         logits: Tensor = self.head(maps.flatten(0, 1)).unflatten(0, x.shape[:2])[:, :, 0]
         return logits
 

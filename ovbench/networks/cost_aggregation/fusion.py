@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Looked at for what is inferred: thesis ch. 5 (Eq. 5.1, Table 5.7 and its text); LMSeg, arXiv 2412.00364; the public
+# CAT-Seg, whose three maps these are.
 KINDS = ("add", "concat", "attention")
 HEADS = 4  # of the attention: inferred, as in the aggregation
 WEIGHT = 0.5  # initial w of E = w F_clip + (1 - w) F_visual

@@ -26,3 +26,17 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, ignored_as_negative: bo
         return (cost.sum() - (own * valid).sum()) / logits.numel()
     cost = (cost.sum(dim=1) - own) * valid
     return cost.sum() / (valid.sum().clamp_min(1) * logits.shape[1])
+
+
+def share_of_loss(labels: Tensor, part: slice, ignored_as_negative: bool = True) -> float:
+    """Which share of :func:`binary_cross_entropy` of a batch is that of some of its images, times their own.
+
+    Args:
+        labels: (B, H, W), int64, 255 ignored.
+        part: Which images.
+        ignored_as_negative: As there.
+    """
+    if ignored_as_negative:
+        return len(labels[part]) / len(labels)
+    valid = labels != IGNORED
+    return float(valid[part].sum() / valid.sum().clamp_min(1))

@@ -41,12 +41,14 @@ class MaskGenerator(nn.Module, ABC):
         weights: ``random``, a hub repository, a folder's name, or ``none`` where there are no weights; for records.
         weights_sha256: Content hash of the weights, or None.
         needs_truth: Reads the true segments of the image, as upper bounds do.
+        needs_names: Is asked with ``propose(images, names=...)``, for it knows images by their file names.
     """
 
     name: str
     weights: str = "none"
     weights_sha256: str | None = None
     needs_truth: bool = False
+    needs_names: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from ovbench.errors import UsageError, WeightsError
+from ovbench.errors import WeightsError, first_line
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.networks.mask_generators.mask2former import Mask2Former
+from ovbench.networks.published import fetching
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is not
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -71,11 +72,8 @@ def random_mask2former(name: str, seed: int = 0, config: dict[str, Any] | None =
         name: Key of :data:`RECIPES`.
         seed: Seed of the weights.
         config: Fields of ``Mask2FormerConfig`` that differ from its defaults; None is the published architecture.
-
-    Raises:
-        UsageError: transformers is missing.
     """
-    transformers = _library()
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     if config is None:
         recipe = RECIPES[name]
         backbone = {**recipe.backbone, "out_features": STAGES}
@@ -100,10 +98,9 @@ def load_mask2former(name: str, weights: str | None = None, *, seed: int = 0) ->
         seed: Seed of random weights.
 
     Raises:
-        UsageError: transformers is missing.
         WeightsError: The download failed, or files are missing, unreadable or do not fit.
     """
-    transformers = _library()
+    transformers: Any = importlib.import_module("transformers")  # takes seconds
     if weights == "random":
         return random_mask2former(name, seed)
     given = RECIPES[name].hub if weights is None else weights
@@ -120,15 +117,6 @@ def load_mask2former(name: str, weights: str | None = None, *, seed: int = 0) ->
     file, config = _files(transformers, name, folder)
     model = _read(transformers, name, folder, file)
     return Mask2Former(name, model, shown, sha256_of([sha256_of_file(config), sha256_of_file(file)]))
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(
-            "Mask2Former needs transformers: pip install 'ovbench[masks]', or use another mask generator, e.g. grid."
-        ) from error
 
 
 @contextmanager
@@ -151,17 +139,16 @@ def _download(name: str, repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
+    instead = (
+        "Without a network give a folder with config.json and model.safetensors, 'random' (for timing), or use another "
+        "generator, e.g. grid."
+    )
+    with fetching(f"of the mask generator '{name}' ({repository})", instead):
         config = hf_hub_download(repository, "config.json")
         try:
             hf_hub_download(repository, FILES[0])
         except EntryNotFoundError:  # of the hub, or, without a network, of its cache
             hf_hub_download(repository, FILES[1])
-    except Exception as error:  # hub, network and cache errors differ by version of the hub library
-        raise WeightsError(
-            f"Could not get the weights of the mask generator '{name}' ({repository}): {_reason(error)} Without a network give a "
-            "folder with config.json and model.safetensors, 'random' (for timing), or use another generator, e.g. grid."
-        ) from error
     return Path(config).parent
 
 
@@ -182,7 +169,7 @@ def _files(transformers: Any, name: str, folder: Path) -> tuple[Path, Path]:
             with _quiet(transformers):
                 backbone = transformers.Mask2FormerConfig.from_pretrained(str(folder)).backbone_config.to_dict()
     except Exception as error:  # whatever a stranger's file makes json or transformers raise
-        raise WeightsError(f"Cannot read '{config}' as a configuration of Mask2Former: {_reason(error)}") from error
+        raise WeightsError(f"Cannot read '{config}' as a configuration of Mask2Former: {first_line(error)}") from error
     seen = {key: backbone.get(key) for key in recipe.backbone} if kind == "mask2former" else {"model_type": kind}
     if seen != recipe.backbone:
         raise WeightsError(
@@ -194,10 +181,6 @@ def _files(transformers: Any, name: str, folder: Path) -> tuple[Path, Path]:
 
 def _listed(fields: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in fields.items())
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read(transformers: Any, name: str, folder: Path, file: Path) -> Any:
@@ -213,7 +196,7 @@ def _read(transformers: Any, name: str, folder: Path, file: Path) -> Any:
                 weights_only=True,
             )
     except Exception as error:  # damaged files and configurations raise whatever the library meets first
-        raise WeightsError(f"Cannot read '{file}' as the weights of '{name}': {_reason(error)}") from error
+        raise WeightsError(f"Cannot read '{file}' as the weights of '{name}': {first_line(error)}") from error
     problems = {
         "missing": [key for key in info["missing_keys"] if not _DERIVED.search(str(key))],
         "unknown": [key for key in info["unexpected_keys"] if not _DERIVED.search(str(key))],
