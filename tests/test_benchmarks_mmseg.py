@@ -39,6 +39,20 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def loaded_by_mmseg(benchmark: Any, root: Path) -> Any:
+    """The same dataset with mmseg's own loading of labels; mmcv's for 16 bits, because mmseg's casts them to 8."""
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import DATASETS
+
+    wide = {"with_bbox": False, "with_label": False, "with_seg": True, "imdecode_backend": "pillow"}
+    load = {"type": "mmcv.LoadAnnotations", **wide} if benchmark.wide else {"type": "mmseg.LoadAnnotations"}
+    cfg = benchmark.dataset_cfg(root)
+    cfg["pipeline"] = [load if step["type"] == "mmseg.LoadLabel" else step for step in cfg["pipeline"]]
+    assert load in cfg["pipeline"]
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return DATASETS.build(cfg)
+
+
 def _shared_data() -> Path:
     shared = Path(os.environ.get("OVBENCH_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (shared / "data" / "voc2012").is_dir():
@@ -56,7 +70,7 @@ def test_dataset_reads_the_same_pairs_and_labels(name: str, copies: Path, build:
     assert (dataset.label_map or {}) == order  # mmseg renumbers nothing but voc20b
     assert [label.strip() for label in dataset.metainfo["classes"]] == list(benchmark.class_names)
     assert dataset.reduce_zero_label is benchmark.reduce_zero_label
-    for pair, packed in zip(pairs, dataset, strict=True):
+    for pair, packed, theirs in zip(pairs, dataset, loaded_by_mmseg(benchmark, copies), strict=True):
         sample = packed["data_samples"]
         assert (sample.img_path, sample.seg_map_path) == (str(pair.image), str(pair.label))
         with Image.open(pair.label) as label:
@@ -64,6 +78,7 @@ def test_dataset_reads_the_same_pairs_and_labels(name: str, copies: Path, build:
         truth = sample.gt_sem_seg.data[0].numpy()
         assert np.array_equal(benchmark.to_train_ids(raw), truth)
         assert np.array_equal(benchmark.load_label(pair.label), truth)
+        assert np.array_equal(theirs["data_samples"].gt_sem_seg.data[0].numpy(), truth)
         assert sample.ori_shape == truth.shape == raw.shape
         height, width = sample.img_shape
         assert packed["inputs"].shape == (3, height, width)
@@ -79,15 +94,20 @@ def test_short_side_zero_leaves_the_image_as_it_is(copies: Path, build: Any) -> 
 
 @pytest.mark.parametrize("name", ALL)
 def test_annotations_rule_is_ours_for_all_values(name: str, tmp_path: Path, build: Any) -> None:
-    """``LoadAnnotations`` as the dataset's own pipeline has it, on a label with every value in it."""
+    """mmseg's ``LoadAnnotations`` on a label with every value in it; ours refuses it, naming those of no class."""
     benchmark = benchmarks.get(name)
     root = synth(name, tmp_path, images=1)
     pair = benchmark.pairs(root)[0]
     values = benchmark.ignore_index + 1
     raw = np.arange(values).astype(np.uint16 if benchmark.wide else np.uint8).reshape(16, -1)
+    with Image.open(pair.image) as image:
+        image.resize(raw.shape[::-1]).save(pair.image)
     Image.fromarray(raw).save(pair.label)
-    loaded = build(benchmark, root)[0]["data_samples"].gt_sem_seg.data[0].numpy()
+    loaded = loaded_by_mmseg(benchmark, root)[0]["data_samples"].gt_sem_seg.data[0].numpy()
     assert np.array_equal(benchmark.to_train_ids(raw), loaded)
+    if benchmark.num_classes + benchmark.reduce_zero_label < benchmark.ignore_index:
+        with pytest.raises(DataError, match=f"{pair.label.name}' has ids of no class: "):
+            build(benchmark, root)[0]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -171,10 +191,12 @@ def test_real_files_read_as_mmseg_reads_them(name: str, count: int, build: Any) 
     data = _shared_data()
     benchmark = benchmarks.get(name)
     pairs = benchmark.pairs(data)
-    dataset = build(benchmark, data, short_side=336)
+    dataset, theirs = build(benchmark, data, short_side=336), loaded_by_mmseg(benchmark, data)
     assert len(dataset) == len(pairs) == count
     for index in range(0, count, max(1, count // 5)):
         sample = dataset[index]["data_samples"]
         assert sample.img_path == str(pairs[index].image)
-        assert np.array_equal(benchmark.load_label(pairs[index].label), sample.gt_sem_seg.data[0].numpy())
+        truth = sample.gt_sem_seg.data[0].numpy()
+        assert np.array_equal(benchmark.load_label(pairs[index].label), truth)
+        assert np.array_equal(theirs[index]["data_samples"].gt_sem_seg.data[0].numpy(), truth)
         assert min(sample.img_shape) == 336

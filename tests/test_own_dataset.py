@@ -167,7 +167,7 @@ def broken(folder: Path, what: str) -> None:
         case "list":
             (folder / "dataset.json").write_text("[]")
         case "keys":
-            (folder / "dataset.json").write_text('{"reduce": 1, "background": "yes"}')
+            (folder / "dataset.json").write_text('{"reduce": 1, "background": 3}')
         case "ignore":
             (folder / "dataset.json").write_text('{"ignore_index": 0}')
         case "voc21":
@@ -187,7 +187,7 @@ def broken(folder: Path, what: str) -> None:
         ("300", "has 300 classes, but 8-bit label files tell 255 apart"),
         ("json", r"dataset\.json' cannot be read"),
         ("list", "must hold an object"),
-        ("keys", "unknown key 'reduce'; background is 'yes', not a bool. Known keys: name,"),
+        ("keys", "unknown key 'reduce'; background is 3, not a bool or a str. Known keys: name,"),
         ("ignore", "ignore_index is always 255"),
         ("voc21", "would be called 'voc21', but that is one of ovbench's"),
     ],
