@@ -306,10 +306,10 @@ def test_fisas_recipe_is_maskclips_where_the_paper_is_silent(weights):
     norms = {
         id(p) for module in method.modules() if isinstance(module, torch.nn.LayerNorm) for p in module.parameters()
     }
-    plain = {group.decay_mult for group in groups for p in group.parameters if id(p) not in norms}
-    without = {group.decay_mult for group in groups for p in group.parameters if id(p) in norms}
-    assert plain == {1.0} and without == {0.0}
-    assert [part.part for part in parts].count("clip.visual") == 1  # one part, in two groups
+    chosen = {id(p) for group in groups for p in group.parameters}
+    still = {id(p) for group in groups for p in group.undecayed}
+    assert still and still == norms & chosen
+    assert [part.part for part in parts].count("clip.visual") == 1
 
 
 def test_a_class_is_seen_if_one_of_its_words_was_trained_by_its_exact_string():

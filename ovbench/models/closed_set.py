@@ -34,12 +34,14 @@ class ParameterGroup(NamedTuple):
         parameters: The tensors.
         lr_mult: Factor on the recipe's learning rate.
         decay_mult: Factor on its weight decay.
+        undecayed: Those of the tensors that do not decay at all.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     lr_mult: float = 1.0
     decay_mult: float = 1.0
+    undecayed: tuple[nn.Parameter, ...] = ()
 
 
 class ClosedSetMethod:

@@ -351,13 +351,13 @@ class MaskMethod(Method):
             self.FROZEN = ()  # type: ignore[misc]  # of this network a checkpoint holds the generator as well
         norms = {f"{name}.{key}" for name, module in self.named_modules() if isinstance(module, torch.nn.LayerNorm)
                  for key, _ in module.named_parameters()}  # fmt: skip
-        groups = []
-        for name, params, lr in self.trained(chosen):
-            for decay in (1.0, 0.0):  # norms do not decay, as in Mask2Former's code
-                own = [parameter for parameter in params if (parameter in norms) == (decay == 0)]
-                if own:
-                    groups.append({"name": name, "params": own, "lr_mult": lr, "weight_decay_mult": decay})
-        return groups
+        # norms do not decay, as in Mask2Former's and MaskCLIP's code
+        return [
+            {"name": name, "params": params, "lr_mult": lr, "weight_decay_mult": 1.0,
+             "undecayed": [parameter for parameter in params if parameter in norms]}
+            for name, params, lr in self.trained(chosen)
+            if params
+        ]  # fmt: skip
 
     def trained(self, policy: str) -> list[tuple[str, list[str], float]]:
         """Name, parameters and factor on the learning rate of each part that a policy trains."""

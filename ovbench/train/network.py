@@ -173,7 +173,8 @@ def _group(network: nn.Module, group: Any) -> ParameterGroup:
         return group
     named = dict(network.named_parameters())
     parameters = tuple(named[name] for name in group["params"])
-    return ParameterGroup(group["name"], parameters, group["lr_mult"], group["weight_decay_mult"])
+    undecayed = tuple(named[name] for name in group.get("undecayed", ()))
+    return ParameterGroup(group["name"], parameters, group["lr_mult"], group["weight_decay_mult"], undecayed)
 
 
 def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], tuple[PartReport, ...]]:
@@ -188,11 +189,10 @@ def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], 
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
         frozen += 0 if id(parameter) in chosen else parameter.numel()
-    sizes: dict[tuple[str, float], int] = {}  # norms that do not decay are a group of their own, but no part
+    rows = []
     for group in groups:
-        part = (group.name, group.lr_mult)
-        sizes[part] = sizes.get(part, 0) + sum(parameter.numel() for parameter in group.parameters)
-    rows = [PartReport(part=name, params=size, trainable=size, lr_mult=lr) for (name, lr), size in sizes.items()]
+        size = sum(parameter.numel() for parameter in group.parameters)
+        rows.append(PartReport(part=group.name, params=size, trainable=size, lr_mult=group.lr_mult))
     if frozen:
         rows.append(PartReport(part="frozen", params=frozen, trainable=0, lr_mult=None))
     return groups, tuple(rows)

@@ -109,15 +109,14 @@ def optimizer_wrapper(groups: list[ParameterGroup], recipe: Recipe, device: str)
     Raises:
         RunError: float16 on a CPU.
     """
-    params = [
-        {
-            "params": list(group.parameters),
-            "lr": recipe.lr * group.lr_mult,
-            "weight_decay": recipe.weight_decay * group.decay_mult,
-        }
-        for group in groups
-        if group.parameters
-    ]
+    params = []
+    for group in groups:
+        still = {id(parameter) for parameter in group.undecayed}
+        decaying = [parameter for parameter in group.parameters if id(parameter) not in still]
+        for own, factor in ((decaying, group.decay_mult), (list(group.undecayed), 0.0)):
+            if own:
+                lr, decay = recipe.lr * group.lr_mult, recipe.weight_decay * factor
+                params.append({"params": own, "lr": lr, "weight_decay": decay})
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
