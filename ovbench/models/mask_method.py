@@ -351,8 +351,7 @@ class MaskMethod(Method):
             self.FROZEN = ()  # type: ignore[misc]  # of this network a checkpoint holds the generator as well
         norms = {f"{name}.{key}" for name, module in self.named_modules() if isinstance(module, torch.nn.LayerNorm)
                  for key, _ in module.named_parameters()}  # fmt: skip
-        # norms do not decay, as in Mask2Former's and MaskCLIP's code
-        return [
+        return [  # norms do not decay, as in Mask2Former's and MaskCLIP's code
             {"name": name, "params": params, "lr_mult": lr, "weight_decay_mult": 1.0,
              "undecayed": [parameter for parameter in params if parameter in norms]}
             for name, params, lr in self.trained(chosen)
