@@ -254,7 +254,7 @@ def test_training(
             assert gradient is None and norm == 0
             continue
         assert gradient is not None, key
-        assert abs(float(gradient.norm()) - norm) <= 3e-4 * norm + 1e-7 * largest, key
+        assert abs(float(gradient.norm()) - norm) <= 1e-3 * norm + 1e-7 * largest, key  # 4.1e-4 on an AMD EPYC
     of_clip, of_head = checkpoint.CLIP, checkpoint.AGGREGATOR
     for key, name in {
         "aggregator_conv1_weight": f"{of_head}conv1.weight",

@@ -114,7 +114,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(root: Path, tmp_path: Path) 
 def test_ids_out_of_range_name_the_file_and_leave_no_cache(root: Path, cache: Path, workers: int) -> None:
     path = TRAIN.pairs(root)[2].label
     Image.fromarray(np.full((4, 4), 151, np.uint8)).save(path)
-    with pytest.raises(DataError, match=rf"{path.name}' holds the ids 151.*ovbench data check ade20k .*--split train"):
+    with pytest.raises(DataError, match=rf"{path.name}' has ids of no class: 151"):
         frequencies(TRAIN, root, workers=workers)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=rf"{path.name}' is damaged"):

@@ -169,14 +169,15 @@ def test_every_command_is_one_of_ours(page: str) -> None:
                 spec_of(command.arguments[1:])
             if verb == "sweep" and params["methods"]:
                 from ovbench.cli.sweep import _grids
-                from ovbench.evaluate.sweep.plan import _combinations, _flags
+                from ovbench.evaluate.sweep.plan import _combinations
+                from ovbench.spec import flags
 
                 grids = _grids(
                     None, params["methods"], params["datasets"], params["data_root"], params["demo"],
                     params["settings"] or [], params["vary"] or [],
                 )  # fmt: skip
                 first = next(iter(_combinations(grids[0])))
-                spec_of(["-m", first[0], "-d", first[1], *_flags(first[4])])
+                spec_of(["-m", first[0], "-d", first[1], *flags(first[4])])
         except Exception as error:
             said = error.format_message() if hasattr(error, "format_message") else error
             wrong.append(f"{command}\n    {said}")

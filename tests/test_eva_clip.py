@@ -28,6 +28,7 @@ from ovbench.models.patch_model import OpenVocabModel
 from ovbench.networks.clip_weights import load_any_clip, load_clip
 from ovbench.networks.dense_clip import DenseCLIP, resize_position_embedding
 from ovbench.networks.eva_clip import is_eva, plain_vit
+from ovbench.ops.masks import touched_patches
 from ovbench.registry import method_class
 from ovbench.spec import protocol
 
@@ -252,7 +253,7 @@ def test_mask_methods_run(name: str, clip: DenseCLIP) -> None:
 
 
 def test_a_mask_token_starts_as_the_originals_cls(original: Any, clip: DenseCLIP) -> None:
-    """A mask token is the CLS in block 0; there it attends to the mask's patches with the original's queries."""
+    """A mask token is the CLS in block 0; there it attends to CLS and the mask's patches with the original's queries."""
     cls = method_class("maskclip-ding")
     method = cls(clip, cls.configure({"generator": "grid"}))
     images, trunk = pictures(clip)[:1], original.visual.trunk
@@ -265,7 +266,7 @@ def test_a_mask_token_starts_as_the_originals_cls(original: Any, clip: DenseCLIP
             x = torch.cat([x, x[:, :1]], dim=1)
             allowed = torch.ones(18, 18, dtype=torch.bool)
             allowed[:, 17] = False  # image tokens do not see it, nor does it see itself
-            allowed[17, 0], allowed[17, 1:17] = False, masks[0, index].flatten() > 0
+            allowed[17, 1:17] = touched_patches(masks, (4, 4), (images.shape[-2], images.shape[-1]))[0, index]
             for block in trunk.blocks:
                 x = block(x, attn_mask=torch.zeros(18, 18).masked_fill(~allowed, float("-inf")))
             torch.testing.assert_close(found[index], trunk.head(trunk.norm(x[0, 17])), rtol=0, atol=1e-5)

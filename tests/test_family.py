@@ -422,7 +422,9 @@ def test_public_features(public_clip: DenseCLIP, vectors: dict[str, Tensor], nam
     for size in sizes:
         with torch.inference_mode():
             found = method.features(vectors[f"image_{size}"][None])[0]
-        assert error(found.flatten(0, 1), vectors[f"{name}.features_{size}"]) <= 1e-5  # 1e-4 is asked for
+        assert (
+            error(found.flatten(0, 1), vectors[f"{name}.features_{size}"]) <= 1e-4
+        )  # 2.3e-5 on an AMD EPYC, 7e-7 elsewhere
 
 
 def test_public_proxyclip_features(public_clip: DenseCLIP, vectors: dict[str, Tensor]) -> None:

@@ -359,7 +359,14 @@ def test_every_field_of_a_spec_is_looked_at(data: Path, recorded: tuple[Path, An
         "square": 640, "global_view": True, "wording": "x", "wording_sha256": "0", "templates": "x", "templates_sha256": "0",
     }  # fmt: skip
 
-    two_valued = {"area_rule": "background", "upsample": "bilinear", "patch_pad": "symmetric", "pos_interp": "offset"}
+    other |= {"object_thd": 0.9, "overlap_thd": 0.9, "pad": 64, "clip_resize": "bicubic"}
+    two_valued = {
+        "clip_resize": "bilinear",
+        "area_rule": "background",
+        "upsample": "bilinear",
+        "patch_pad": "symmetric",
+        "pos_interp": "offset",
+    }
 
     def changed(update: Callable[[dict[str, Any]], None]) -> RunRecord:
         content = record.model_dump(mode="json")

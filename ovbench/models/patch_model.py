@@ -72,13 +72,13 @@ class OpenVocabModel(WindowedModel):
         self.asked_background = background
         method.clip.pos_interp = protocol.pos_interp
         self.set_classes(classes)
-        protocol.require_background(self.background, "the class list")
         method.use_precision(DTYPES[dtype])
         self.solver = method if isinstance(method, Solver) else None
         if self.solver and protocol.has_thresholds:
             raise UsageError(
                 "A solver's scores are no probabilities: prob_thd and area_thd have no meaning. Use --protocol direct-seg."
             )
+        protocol.require_background(self.background, "the class list")
         if self.solver:
             self.network_stage = "logits"
         self.network = method.patch_logits
