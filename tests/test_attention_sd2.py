@@ -158,7 +158,7 @@ def test_batch_repeat_and_input(source: SD2Source, images: Tensor) -> None:
         single, _ = source.attention(images[1:])
     assert torch.equal(images, before)
     torch.testing.assert_close(again, both)
-    torch.testing.assert_close(single[0], both[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(single[0], both[1], rtol=1e-4, atol=1e-5)  # 3e-6 on an AMD EPYC
     assert (both[0] - both[1]).abs().max() > 1e-3
 
 

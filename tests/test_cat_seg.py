@@ -254,7 +254,9 @@ def test_training(
             assert gradient is None and norm == 0
             continue
         assert gradient is not None, key
-        assert abs(float(gradient.norm()) - norm) <= 1e-3 * norm + 1e-7 * largest, key  # 4.1e-4 on an AMD EPYC
+        assert abs(float(gradient.norm()) - norm) <= 2e-3 * norm + 1e-7 * largest, (
+            key
+        )  # 1.0e-3 on an AMD EPYC, 1.1e-4 elsewhere
     of_clip, of_head = checkpoint.CLIP, checkpoint.AGGREGATOR
     for key, name in {
         "aggregator_conv1_weight": f"{of_head}conv1.weight",

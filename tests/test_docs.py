@@ -31,6 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -167,7 +168,7 @@ def test_every_command_is_one_of_ours(page: str) -> None:
             whole = not elliptic and not any(map(PLACEHOLDER.fullmatch, command.arguments))
             if verb == "run" and whole and not any(is_file(params[key] or "") for key in ("method", "dataset")):
                 spec_of(command.arguments[1:])
-            if verb == "sweep" and params["methods"]:
+            if verb == "sweep" and params["methods"] and not params["paper"]:
                 from ovbench.cli.sweep import _grids
                 from ovbench.evaluate.sweep.plan import _combinations
                 from ovbench.spec import flags
@@ -312,6 +313,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("docs")
     Image.fromarray(photo(64, 80).permute(1, 2, 0).numpy()).save(folder / "street.png")
+    (folder / "masks").mkdir()
+    own = np.zeros((2, 64, 80), bool)
+    own[0, :30], own[1, 30:] = True, True
+    np.savez(folder / "masks" / "street.npz", masks=own)
     return folder
 
 

@@ -143,7 +143,7 @@ def test_without_areas_beside_it_the_sums_are_compared(
     found = verify(changed, path, given(voc, weights), on_message=said.append)
     assert (found.per_image, found.pixels, found.differing) == (False, 5, ())
     assert not found.equal and "only the sums" in said[0]
-    with pytest.raises(DataError, match="leave --images away"):
+    with pytest.raises(DataError, match="leave --limit away"):
         verify(changed, path, given(voc, weights, images=1))
 
 
