@@ -254,9 +254,8 @@ def test_training(
             assert gradient is None and norm == 0
             continue
         assert gradient is not None, key
-        assert abs(float(gradient.norm()) - norm) <= 2e-3 * norm + 1e-7 * largest, (
-            key
-        )  # 1.0e-3 on an AMD EPYC, 1.1e-4 elsewhere
+        # relative: 1.0e-3 on an AMD EPYC, 1.1e-4 elsewhere
+        assert abs(float(gradient.norm()) - norm) <= 2e-3 * norm + 1e-7 * largest, key
     of_clip, of_head = checkpoint.CLIP, checkpoint.AGGREGATOR
     for key, name in {
         "aggregator_conv1_weight": f"{of_head}conv1.weight",
@@ -268,7 +267,7 @@ def test_training(
         reference = vectors[f"train.grad.{key}"]
         gradient = own[name].grad
         assert gradient is not None
-        near(gradient.view_as(reference), reference, 1e-4 * float(reference.abs().max()))
+        near(gradient.view_as(reference), reference, 1e-3 * float(reference.abs().max()))  # 4.6e-4 on an AMD EPYC
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "apart", "shape", "clip"])
