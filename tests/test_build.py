@@ -133,3 +133,23 @@ def test_all_options_in_force_can_be_given_again(name):
 @pytest.mark.parametrize("stored", json.loads(RECORDED.read_text()), ids=lambda stored: stored["spec"]["method"])
 def test_specs_that_version_0_1_recorded_keep_their_hash(stored):
     assert RunSpec(**stored["spec"]).spec_hash() == stored["spec_hash"]
+
+
+def test_predict_takes_closed_set_methods_and_says_that_random_weights_mean_nothing(tmp_path):
+    Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "a.png")
+    call = [
+        "predict",
+        str(tmp_path / "a.png"),
+        "--classes",
+        "road, car",
+        "--weights",
+        "random",
+        "--arch",
+        "tiny",
+        "-m",
+        "fcn",
+    ]
+    done = CliRunner().invoke(app, [*call, "--overlay", str(tmp_path / "out.png")])
+    assert done.exit_code == 0 and "Random weights: the answers mean nothing." in done.output
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width >= 56

@@ -333,6 +333,8 @@ def _print_line(done: Segmented, names: Sequence[str]) -> None:
 def _warn(facts: dict[str, Any]) -> None:
     if facts["demo"]:
         say("The built-in CLIP knows drawn scenes only: on photographs its answers mean nothing.")
+    elif facts["weights"] == "random":
+        say("Random weights: the answers mean nothing.")
 
 
 class _Unwritable(RunError):

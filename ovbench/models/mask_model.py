@@ -196,7 +196,7 @@ class MaskModel(OpenVocabModel):
         moved = [image.to(self.device, non_blocking=True) for image in images]
         with self.stage("generator"):
             ids = [None if own is None else own.ids.to(self.device) for own in known]
-            known_by = {"names": names} if getattr(self.method.generator, "needs_names", False) else {}
+            known_by = {"names": names} if self.method.generator.needs_names else {}
             proposals = self.method.generator.propose(moved, ids, **known_by)
         with self.stage(self.network_stage), self.precision():
             found = self._classify(moved, proposals, names)
