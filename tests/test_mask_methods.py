@@ -182,7 +182,7 @@ def test_images_without_masks_and_with_them_in_one_batch(clip):
     model.set_things([0])
 
     class Some(torch.nn.Module):
-        needs_truth = False
+        needs_truth = needs_names = False
 
         def propose(self, images, truths=None):
             return [Proposals(torch.randn(index, 12, 12), None) for index, _ in enumerate(images)]

@@ -308,8 +308,8 @@ def test_a_training_in_parts_on_a_share_is_recorded_and_resumed(tmp_path, monkey
         "--set", "crop=48", "--set", "resize=64,48", "--set", "accumulate=2", "--set", "checkpoint_activations=true",
         "--set", "data_fraction=0.3", "-o", "hidden=16", "-o", "layers=1", "-o", "grid=6", "-o", "window=3",
     ]  # fmt: skip
-    assert run_command([*command, "--results", "whole"]) == 0, capsys.readouterr().err
-    assert run_command([*command, "--results", "parts"]) == 0
+    assert run_command([*command, "--trainings", "whole"]) == 0, capsys.readouterr().err
+    assert run_command([*command, "--trainings", "parts"]) == 0
     (whole,) = (tmp_path / "whole" / "cat-seg" / "coco_stuff").iterdir()
     (parts,) = (tmp_path / "parts" / "cat-seg" / "coco_stuff").iterdir()
     record = records.read(parts / records.RECORD)
@@ -317,7 +317,7 @@ def test_a_training_in_parts_on_a_share_is_recorded_and_resumed(tmp_path, monkey
         (parts / "checkpoints" / f"iteration-0000000{iteration}.pt").unlink(missing_ok=True)
     records.write(record.model_copy(update={"status": "running"}), parts)
     capsys.readouterr()
-    assert run_command([*command, "--results", "parts", "--resume"]) == 0
+    assert run_command([*command, "--trainings", "parts", "--resume"]) == 0
     one, other = load_file(whole / records.WEIGHTS), load_file(parts / records.WEIGHTS)
     assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
     spec = records.read(whole / records.RECORD).spec
@@ -331,7 +331,7 @@ def test_a_training_in_parts_on_a_share_is_recorded_and_resumed(tmp_path, monkey
     for image in (stuff / "images" / "train2017").iterdir():
         if image.stem not in names:
             image.write_bytes(b"")
-    assert run_command([*command, "--results", "third", "--set", "iters=1"]) == 0, capsys.readouterr().err
+    assert run_command([*command, "--trainings", "third", "--set", "iters=1"]) == 0, capsys.readouterr().err
 
 
 def test_class_frequencies_of_all_images_are_not_those_of_a_share(tmp_path, monkeypatch, capsys):
