@@ -13,7 +13,7 @@ from ovbench.errors import WeightsError
 from ovbench.methods import closed_set, public, segnext
 from ovbench.mm.compat import import_mmseg
 from ovbench.models.build import ModelSpec, build
-from ovbench.models.closed_set_start import start_from
+from ovbench.models.closed_set_start import arch_of, start_from
 from ovbench.models.closed_set_weights import build_network, configured_method, segmentor_state
 from ovbench.networks import encoders
 from ovbench.spec import protocol
@@ -318,6 +318,16 @@ def test_a_training_starts_from_a_training_of_the_host(psp, tmp_path):
     key = "psp_modules.1.1.conv.weight"
     assert torch.equal(start.state[f"segmentor.decode_head.host.{key}"], state[f"segmentor.decode_head.{key}"])
     assert "auxiliary head" in start.fresh and not start.left
+
+
+def test_a_training_on_other_classes_starts_from_the_rest(psp):
+    network, method = network_of("ecac-psp")
+    names = NAMES[::-1]
+    with pytest.raises(WeightsError, match="With --new-classes"):
+        start_from(psp, network, method, "tiny", names)
+    start = start_from(psp, network, method, "tiny", names, new_classes=True)
+    assert arch_of(psp, method) == "tiny" and not any("conv_seg" in key for key in start.state)
+    assert "segmentor.decode_head.host.bottleneck.conv.weight" in start.state and start.left["host"] == 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,13 +13,14 @@ from ovbench.errors import WeightsError
 from ovbench.methods.hosts import addon_and_host  # type: ignore[import-not-found]
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetNetwork
 from ovbench.models.closed_set_weights import segmentor_state
-from ovbench.models.public_file import require_names
-from ovbench.models.trained_file import options_again, read_about
+from ovbench.models.public_file import PublicFile, require_names
+from ovbench.models.trained_file import About, options_again, read_about
 from ovbench.networks.encoder_of import encoders_of
 from ovbench.networks.state_dict import read_state_dict, require_fit
 from ovbench.paths import user_path
 
 _HEAD, _HOST = "segmentor.decode_head.", "segmentor.decode_head.host."
+_AUXILIARY = "segmentor.auxiliary_head."
 _COUNTER = "num_batches_tracked"
 
 
@@ -51,7 +52,13 @@ class Start(NamedTuple):
 
 
 def start_from(
-    weights: str | Path, network: ClosedSetNetwork, method: ClosedSetMethod, arch: str, class_names: Sequence[str]
+    weights: str | Path,
+    network: ClosedSetNetwork,
+    method: ClosedSetMethod,
+    arch: str,
+    class_names: Sequence[str],
+    *,
+    new_classes: bool = False,
 ) -> Start:
     """The part of a network's state that a file of a whole network gives it.
 
@@ -64,76 +71,100 @@ def start_from(
         method: What it is of.
         arch: Its encoder.
         class_names: Classes to train, in label order.
+        new_classes: Where the file has other classes, all that depends on them begins anew.
 
     Raises:
-        WeightsError: The file cannot be read, or is of another host, encoder, width or class list; says which would fit.
+        WeightsError: The file cannot be read, or is of another host, encoder or width, or of other classes without
+            ``new_classes``; says which would fit.
     """
     path = user_path(weights)
     if not path.is_file():
         raise WeightsError(f"No file '{weights}' to start from. Give a trained network's weights.")
-    about = read_about(path)
-    public = method.public_file(path) if about is None else None
-    state = read_state_dict(path)
-    if about is not None:
-        theirs = about.method
-        options = options_again(about.method_options, type(method))
-        require_names(path.name, about.class_names, class_names, about.dataset)
-    elif public is not None:
-        theirs, options = public.method, dict(public.options)
-        public.require_classes(class_names)
+    about, public = _facts(path, method)
+    state, theirs, options, others = read_state_dict(path), method.name, {}, False
+    if about is None:
         state = segmentor_state(state)
-    else:
-        theirs, options, state = method.name, {}, segmentor_state(state)
+    try:
+        if about is not None:
+            theirs, options = about.method, options_again(about.method_options, type(method))
+            require_names(path.name, about.class_names, class_names, about.dataset)
+        elif public is not None:
+            theirs, options = public.method, dict(public.options)
+            public.require_classes(class_names)
+    except WeightsError as error:
+        if not new_classes:
+            raise WeightsError(
+                f"{error} With --new-classes what depends on them begins anew, the rest is taken."
+            ) from None
+        others = True
     _require_kin(path.name, theirs, options, method, arch, state)
-    return _start(path.name, theirs, state, network, arch)
+    return _start(path.name, theirs, state, network, arch, len(class_names) if others else None)
+
+
+def arch_of(weights: str | Path, method: ClosedSetMethod) -> str | None:
+    """The encoder that a file of a whole network has; None where it does not tell.
+
+    Raises:
+        WeightsError: The file cannot be read, or has an encoder that is none of ours.
+    """
+    path = user_path(weights)
+    if not path.is_file():
+        return None
+    about, public = _facts(path, method)
+    return about.arch if about is not None else None if public is None else public.encoder(None)
+
+
+def _facts(path: Path, method: ClosedSetMethod) -> tuple[About | None, PublicFile | None]:
+    about = read_about(path)
+    return about, method.public_file(path) if about is None else None
 
 
 def _require_kin(
-    file: str, theirs: str, options: dict[str, object], method: ClosedSetMethod, arch: str, state: dict[str, Tensor]
+    file: str, theirs: str, options: Mapping[str, Any], method: ClosedSetMethod, arch: str, state: Mapping[str, Tensor]
 ) -> None:
     """Nothing, if the file is of the method or of its host, with its widths, on its encoder."""
-    host = addon_and_host(method.name)[1]
-    if theirs not in (method.name, host):
-        other = addon_and_host(theirs)[1]
-        fitting = other if theirs == other else theirs
+    if theirs not in (method.name, addon_and_host(method.name)[1]):
         raise WeightsError(
-            f"'{file}' is of '{theirs}', which '{method.name}' cannot start from: it fits --method {fitting}."
+            f"'{file}' is of '{theirs}', which '{method.name}' cannot start from: it fits --method {theirs}."
         )
     own = asdict(method.config)
     for name in ("channels", "concat_input"):
-        if name in own and name in options and options[name] != own[name]:
-            raise WeightsError(f"'{file}' has a host with {name}={options[name]}: give -o {name}={options[name]}.")
-    backbone = {key.removeprefix("segmentor.backbone."): value for key, value in state.items() if ".backbone." in key}
-    found = encoders_of(backbone)
+        if name in own and options.get(name, 0) != own[name]:
+            given = options.get(name, 0)
+            raise WeightsError(f"'{file}' has a host with {name}={given}: give -o {name}={given}.")
+    prefix = "segmentor.backbone."
+    found = encoders_of({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
     if found and arch not in found:
         raise WeightsError(f"'{file}' has the encoder {found[0]}, not {arch}: give --arch {' or '.join(found)}.")
 
 
-def _start(file: str, theirs: str, given: dict[str, Tensor], network: ClosedSetNetwork, arch: str) -> Start:
+def _start(
+    file: str, theirs: str, given: Mapping[str, Tensor], network: ClosedSetNetwork, arch: str, classes: int | None
+) -> Start:
+    """The state by keys; where ``classes`` (K) are others, what has a row for each of them begins anew."""
     own = network.state_dict()
     nested = any(key.startswith(_HOST) for key in own) and not any(key.startswith(_HOST) for key in given)
-    state: dict[str, Tensor] = {}
-    left: list[str] = []
-    for key, value in given.items():
-        place = key.replace(_HEAD, _HOST, 1) if nested else key
-        optional = place.startswith("segmentor.auxiliary_head.")
-        if place in own and (own[place].shape == value.shape or not optional):
-            state[place] = value
-        else:
-            left.append(key)
-    if nested:
-        for part in ("weight", "bias"):
-            place = f"{_HEAD}conv_seg.{part}"
-            value = given.get(place)
-            if place in own and value is not None and own[place].shape == value.shape:
-                state[place] = value
+    moved = {key.replace(_HEAD, _HOST, 1) if nested else key: value for key, value in given.items()}
+    for part in ("weight", "bias") if nested else ():  # CAA's classifier begins as its host's
+        place = f"{_HEAD}conv_seg.{part}"
+        if place in own and place in given:
+            moved[place] = given[place]
+    anew = {
+        key for key in moved
+        if key in own and "_head." in key and (
+            (classes is not None and own[key].dim() and own[key].shape[0] == classes)
+            or (key.startswith(_AUXILIARY) and own[key].shape != moved[key].shape)
+        )
+    }  # fmt: skip
+    state = {key: value for key, value in moved.items() if key in own and key not in anew}
+    left = [key for key in moved if key not in state]
     fresh = [key for key in own if key not in state and not key.endswith(_COUNTER)]
-    must = ("segmentor.backbone.", "segmentor.neck.", _HOST if nested else _HEAD)
-    missing = [key for key in fresh if key.startswith(must) and ".teacher." not in key]
-    strange = [key for key in left if key.startswith(("segmentor.backbone.", _HEAD))]
-    wrong = [key for key in state if state[key].shape != own[key].shape]
+    inside = ("segmentor.backbone.", "segmentor.neck.", _HOST if nested else _HEAD)
     require_fit(
-        f"'{file}' does not fit this network with the encoder {arch}", missing=missing, unknown=strange, shapes=wrong
+        f"'{file}' does not fit this network with the encoder {arch}",
+        missing=[key for key in fresh if key.startswith(inside) and key not in anew and ".teacher." not in key],
+        unknown=[key for key in left if key.startswith(inside) and key not in anew],
+        shapes=[key for key in state if state[key].shape != own[key].shape],
     )
     return Start(state, theirs, _parts(state), _parts(left), _parts(fresh))
 
