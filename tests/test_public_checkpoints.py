@@ -412,6 +412,6 @@ def test_predict_says_what_is_missing(cityscapes, picture, capsys):
     code, report, err = predicted(picture, capsys, "--weights", weights, "--classes", "cityscapes")
     assert code == 0 and len(report["classes"]) == 19, err
     code, _, err = predicted(picture, capsys, "--weights", weights, "--classes", "voc21")
-    assert code == 3 and "tells 19 classes apart, not 21" in err
+    assert code == 4 and "tells 19 classes apart, not 21" in err
     code, _, err = predicted(picture, capsys, "-m", "clip", "--weights", "random")
     assert code == 2 and "'clip' reads words: give --classes" in err
