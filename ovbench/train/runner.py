@@ -27,6 +27,7 @@ from mmengine.registry import LOOPS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
 from ovbench.errors import RunError, WeightsError  # noqa: E402
+from ovbench.evaluate.readers import Readers  # noqa: E402
 from ovbench.models.closed_set import ParameterGroup  # noqa: E402
 from ovbench.train import accumulation, checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
@@ -54,6 +55,13 @@ class Journal:
     iteration: int = 0
     stop_asked: bool = False
 
+    def kept(self) -> str:
+        """What of the training there is to go on from, as a sentence."""
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return "Nothing was saved yet: the first checkpoint was to come later (--checkpoint-every)."
+        return f"The last checkpoint, of iteration {found[-1][0]}, is kept."
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Journal:
         """Itself: mmengine copies the configs that hand it on, but there is one training."""
         return self
@@ -63,13 +71,14 @@ class TrainingModel(BaseModel):  # type: ignore[misc]
     """A trainable network as mmengine wants it: a batch of crops and labels to losses.
 
     Args:
-        network: Has ``losses(images, labels)``.
+        network: Has ``losses(images, labels)``; on the device that batches are moved to.
         parts: In how many parts a batch goes through it.
     """
 
     def __init__(self, network: nn.Module, parts: int = 1) -> None:
         super().__init__()
         self.network, self.parts = network, parts
+        self.data_preprocessor.to(next(network.parameters()).device)
 
     def init_weights(self) -> None:
         """Nothing: the network comes with its weights."""
@@ -181,7 +190,7 @@ class JournalHook(Hook):  # type: ignore[misc]
         ended, self.journal.stop_asked = any_of((bool(bad), self.journal.stop_asked))
         if ended:
             bad = bad or "the losses of another process"
-            raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} The last checkpoint is kept.")
+            raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} {self.journal.kept()}")
         self.journal.iteration = done
         if self.rank == 0:
             self.journal.on_losses(done, self.lr, losses)
@@ -202,7 +211,7 @@ class TrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         start_loader: Makes the loader from the iteration to start with.
     """
 
-    def __init__(self, runner: Any, dataloader: Any, stop: int, start_loader: Callable[[int], Any]) -> None:
+    def __init__(self, runner: Any, dataloader: Any, stop: int, start_loader: Callable[[int], Readers]) -> None:
         super().__init__(runner, dataloader, max_iters=max(stop, 1))
         self.start_loader = start_loader
 
@@ -210,10 +219,12 @@ class TrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         """Trains from the current iteration on."""
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
-        batches = iter(self.start_loader(self._iter)) if self._iter < self._max_iters else iter(())
-        while self._iter < self._max_iters:
-            self.runner.model.train()
-            self.run_iter(next(batches))
+        if self._iter < self._max_iters:
+            with self.start_loader(self._iter) as reader:
+                batches = iter(reader)
+                while self._iter < self._max_iters:
+                    self.runner.model.train()
+                    self.run_iter(next(batches))
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         model: nn.Module = self.runner.model
@@ -269,8 +280,8 @@ class TrainRunner(Runner):  # type: ignore[misc]
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise RunError(
-                    f"NaN or infinity in the weights '{name}' after {journal.iteration} iterations. {LESS} The last "
-                    "checkpoint is kept."
+                    f"NaN or infinity in the weights '{name}' after {journal.iteration} iterations. {LESS} "
+                    f"{journal.kept()}"
                 )
         hook = self.ema()
         return checkpoint.write(
