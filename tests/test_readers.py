@@ -30,7 +30,10 @@ class Numbers(Dataset):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_an_exception_ends_the_processes_though_its_traceback_is_kept(persistent):
-    with pytest.raises(ZeroDivisionError) as kept, Readers(Numbers(), num_workers=1, persistent_workers=persistent) as all_of:
+    with (
+        pytest.raises(ZeroDivisionError) as kept,
+        Readers(Numbers(), num_workers=1, persistent_workers=persistent) as all_of,
+    ):
         for batch in all_of:
             (process,) = multiprocessing.active_children()
             _ = 1 / int(batch.sum())
@@ -47,7 +50,9 @@ def test_a_process_that_is_stuck_in_a_file_is_ended_as_well(monkeypatch):
 
 def test_a_whole_pass_and_another_one():
     with Readers(Numbers(), num_workers=1, batch_size=4) as reader:
-        assert [batch.tolist() for batch in reader] == [batch.tolist() for batch in reader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert (
+            [batch.tolist() for batch in reader] == [batch.tolist() for batch in reader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        )
     assert not multiprocessing.active_children()
 
 
@@ -67,7 +72,9 @@ def test_a_training_that_reaches_nan_ends_with_code_5(data, run_cli):
 
 
 def test_a_run_that_stops_at_a_broken_image_ends_with_code_3(data, tmp_path, run_cli):
-    image = sorted((synth("ade20k", tmp_path / "broken", images=3, size=(48, 64)) / "images" / "validation").iterdir())[1]
+    image = sorted((synth("ade20k", tmp_path / "broken", images=3, size=(48, 64)) / "images" / "validation").iterdir())[
+        1
+    ]
     image.write_bytes(image.read_bytes()[:500])
     done = run_cli(
         "run", "-m", "fcn", "-d", "ade20k", "--data-root", str(tmp_path / "broken"), "--weights", "random",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import json
+import os
+import socket
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from emulated_cuda import OnGPU, emulated_cuda
 from torch import nn
 
 from ovbench import benchmarks
+from ovbench.cli.app import run_command
 from ovbench.ops.panoptic import Segments
 from ovbench.registry import class_of, method_info, method_names
 from ovbench.train import network as subjects
@@ -101,3 +106,59 @@ def test_the_emulation_refuses_what_a_gpu_refuses():
         (out * torch.tensor(2.0)).sum().backward()  # single numbers may be anywhere
         assert isinstance(layer.weight.grad, OnGPU) and not isinstance(layer.weight.grad.cpu(), OnGPU)
     assert torch.cuda.device_count() == before
+
+
+@pytest.fixture
+def chosen():
+    """Indices that were made torch's current GPU, of one or several; those that are not there are refused, as by torch."""
+    taken: list[int] = []
+
+    def take(device):
+        assert int(device) < torch.cuda.device_count(), f"invalid device ordinal {device}"
+        taken.append(int(device))
+
+    @contextmanager
+    def machine(gpus):
+        with emulated_cuda(gpus), mock.patch.object(torch.cuda, "set_device", take):
+            yield taken
+
+    return machine
+
+
+SMALL = (
+    "--demo", "-m", "fcn", "-d", "ade20k", "--set", "crop=32", "--set", "batch=2", "--set", "iters=1", "-o",
+    "channels=16", "--workers", "0",
+)  # fmt: skip
+
+
+def test_training_and_evaluation_use_the_gpu_that_was_named(chosen, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with chosen(2) as taken:
+        assert run_command(["train", *SMALL, "--device", "cuda:1"]) == 0, capsys.readouterr().err
+    assert taken == [1]  # and nobody goes back to the first
+    (record,) = (tmp_path / "results" / "runs" / "fcn" / "ade20k").glob("*.json")
+    assert json.loads(record.read_text())["spec"]["device"] == "cuda"
+
+
+def test_a_task_of_slurm_that_sees_one_gpu_takes_it(chosen, tmp_path, monkeypatch, capsys):
+    """The task's number is 3, but --gpus-per-task=1 leaves each task one GPU, which is number 0."""
+    monkeypatch.chdir(tmp_path)
+    names = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "3", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        names["MASTER_PORT"] = str(free.getsockname()[1])
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    joined = torch.distributed.init_process_group
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: joined("gloo"))
+    try:
+        with chosen(1) as taken:
+            assert run_command(["train", *SMALL, "--launcher", "slurm", "--dry-run"]) == 0, capsys.readouterr().err
+        assert taken == [0]
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)

@@ -13,7 +13,7 @@ import typer
 
 from ovbench.cli import options as o
 from ovbench.cli.console import console, print_json, print_rich, print_text, progress, say
-from ovbench.cli.inputs import default_device, local_rank, parse_options, require_own_scenes
+from ovbench.cli.inputs import own_device, parse_options, require_own_scenes
 from ovbench.cli.run import show as show_run
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def train(
         planned = plan(
             method, dataset, arch=arch, weights=weights, method_options=parse_options(option), recipe_file=recipe,
             changes=parse_options(changes, "--set"), limit_iters=limit_iters, sentences=templates, seed=seed,
-            device=device or _own_device(launcher), demo=demo, options=where,
+            device=own_device(device, launcher), demo=demo, options=where,
         )  # fmt: skip
         if dry_run:
             print_json(planned.spec.model_dump(mode="json")) if json else show_plan(planned)
@@ -125,12 +125,6 @@ def _sides(method: str, recipe: Any) -> dict[str, int]:
     if method_info(method).takes_words:
         return {}
     return {"long_side": max(recipe.resize), "short_side": min(recipe.resize)}
-
-
-def _own_device(launcher: str) -> str:
-    """The default device, with several processes a GPU for each."""
-    device = default_device()
-    return device if device != "cuda" or launcher == "none" else f"cuda:{local_rank()}"
 
 
 @contextmanager
