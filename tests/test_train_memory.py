@@ -16,7 +16,7 @@ from ovbench.benchmarks.synth.copies import synth
 from ovbench.cli.app import run_command
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of
-from ovbench.models.closed_set import ParameterGroup
+from ovbench.models.trainable import ParameterGroup, Trainable
 from ovbench.models.trained_file import read_about
 from ovbench.registry import method_class
 from ovbench.train import accumulation
@@ -38,7 +38,7 @@ def weights(tmp_path_factory):
 # Parts of a batch
 
 
-class Plain(nn.Module):
+class Plain(Trainable):
     """Without batch statistics; its loss is a mean over images, as those of all that may be taken in parts."""
 
     def __init__(self) -> None:
@@ -243,7 +243,7 @@ def test_without_gradients_nothing_is_computed_again(weights, monkeypatch):
     [
         ({"accumulate": 5}, 1, "4 images per process cannot be taken in 5 parts"),
         ({"accumulate": 3}, 2, "2 images per process cannot be taken in 3 parts"),
-        ({"checkpoint_activations": True}, 1, "Plain cannot compute activations again"),
+        ({"checkpoint_activations": True}, 1, "Plain trains nothing through whose depth"),
     ],
 )
 def test_what_cannot_be_is_refused(fields, world, message):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ovbench.errors import RunError, WeightsError
-from ovbench.models.closed_set import ParameterGroup
+from ovbench.models.trainable import ParameterGroup, Trainable
 from ovbench.train import checkpoint
 from ovbench.train.data import Positions, seed_at, seeded
 from ovbench.train.recipe import Recipe
@@ -36,7 +36,7 @@ class Noise:
         return {"image": torch.randint(0, 255, (3, 8, 8), generator=generator).byte(), "label": label}
 
 
-class Small(nn.Module):
+class Small(Trainable):
     """Convolution, batch norm and dropout: statistics, noise and weights that must all be resumed."""
 
     def __init__(self, explode_at=None):
