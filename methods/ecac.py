@@ -69,7 +69,8 @@ class ECACConfig:
         iv_weight: beta, of the intra-class variance loss (Tables 4.2, 4.3); 0 is off.
         memory_update: Masked class mean, or pixels weighted by 1 - cosine to the memory row, as MCIBI does (Table 4.4).
         calibration: gamma_c, delta_c (Table 4.5).
-        cosine_scale: Student and teacher classify by cosines times this, 15 in CAC; 0 by products, as the equations have it.
+        cosine_scale: Student and teacher classify by cosines times this, 15 in CAC and the fork; 0 by products, as the
+            equations have it.
         teacher_centres: C_t of the classes in the whole batch, as in CAC, or in each image.
         absent_centre: What C_t is of a class that is not there: its row of the memory (the fork), of the coarse classifier
             (CAC), or zero.
@@ -92,7 +93,7 @@ class ECACConfig:
     iv_weight: float = 50.0
     memory_update: Literal["masked", "cosine"] = "masked"
     calibration: bool = True
-    cosine_scale: float = 15.0
+    cosine_scale: float = 0.0
     teacher_centres: Literal["batch", "image"] = "batch"
     absent_centre: Literal["memory", "classifier", "zero"] = "memory"
     hidden: int = 0

@@ -101,6 +101,7 @@ def pictures(a: argparse.Namespace, benchmark: Benchmark, root: Path) -> list[Pi
             maps = F.layer_norm(maps.permute(0, 2, 3, 1), maps.shape[1:2]).permute(0, 3, 1, 2)
         cells = F.interpolate(label[None, None].float(), [CELL * side for side in grid], mode="nearest")[0].byte()
         found.append(Picture(maps.half().clone(), torch.cat([cells, cells.flip(2)]), label))
+    kept.parent.mkdir(parents=True, exist_ok=True)
     torch.save([tuple(picture) for picture in found], kept)
     return found
 

@@ -18,6 +18,7 @@ from ovbench.measure.profile.record import ProfileSpec
 from ovbench.measure.profile.subject import build_subject
 from ovbench.methods import closed_set, ecac, hosts, isnet, segnext
 from ovbench.mm.compat import import_mmseg
+from ovbench.models.trained_file import options_again
 from ovbench.registry import closed_set_class, method_info
 from ovbench.tables.method_defaults import changed_options
 from ovbench.train.recipe import Recipe
@@ -470,3 +471,26 @@ def test_plain_configs_of_mmseg(run_python, tmp_path):
 def test_importing_the_methods_loads_no_mmseg(run_python):
     code = "from ovbench.methods import closed_set; import sys; print({'mmseg', 'mmengine', 'mmcv'} & set(sys.modules))"
     assert run_python("-c", code).stdout.strip() == "set()"
+
+
+OF_0_1 = {  # options that a file of 0.1 tells, and what its head has
+    "caa-fcn": (
+        {"center": True, "association_scale": False, "center_channels": 12, "affinity_channels": 5, "fusion_norm": True},
+        {"transform", "query", "key", "fusion"},
+    ),
+    "ecac-fcn": ({"ecac": True, "hidden": 12, "memory_loss_start": 1000}, {"host", "student", "teacher", "memory", "seen", "steps"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_0_1)
+def test_files_of_0_1_keep_their_network(name):
+    """What came later is off in it, whatever the default is now."""
+    options, parts = OF_0_1[name]
+    again = options_again({**options, "channels": 16, "auxiliary_head": True}, closed_set_class(name))
+    head = _network(name, **again).decode_head
+    part = head.caa if name == "caa-fcn" else head
+    assert {key.split(".")[0] for key in part.state_dict()} == parts
+    losses = _losses(_network(name, **again))
+    assert "decode.loss_rce_coarse" not in losses
+    if name == "ecac-fcn":
+        assert float(losses["decode.loss_iv"]) > 0  # from the first iteration on
