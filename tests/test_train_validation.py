@@ -220,7 +220,6 @@ def test_start_from_a_host_and_from_other_classes(validated, data, tmp_path):
     file = str(folder / records.WEIGHTS)
     made = planned(data, "ecac-fcn", options=where, init=file, arch=None)
     state, weights = made.subject.network.state_dict(), load_file(file)
-    assert torch.equal(state["segmentor.backbone.stem.0.weight"], weights["segmentor.backbone.stem.0.weight"]) or True
     for key, value in weights.items():
         assert torch.equal(state[key.replace("decode_head.", "decode_head.host.")], value), key
     assert made.spec.init == records.WEIGHTS and made.spec.init_sha256 == host.weights_sha256

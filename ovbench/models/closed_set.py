@@ -119,6 +119,9 @@ class ClosedSetNetwork(Trainable):
         std: Deviations.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, segmentor: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.segmentor = segmentor
@@ -128,7 +131,7 @@ class ClosedSetNetwork(Trainable):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255, as the encoder wants them, float32."""
-        return (images.float() - self.mean) / self.std  # type: ignore[operator]
+        return (images.float() - self.mean) / self.std
 
     def forward(self, batch: Tensor) -> Tensor:
         """Logits (B, K, h, w) on the head's own grid of normalised images (B, 3, H, W)."""
@@ -241,7 +244,7 @@ class ClosedSetModel(WindowedModel):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return self.trunk.mean.device  # type: ignore[return-value]
+        return self.trunk.mean.device
 
     @property
     def num_classes(self) -> int:

@@ -71,7 +71,13 @@ def plot_validation(points: Sequence[ValidationPoint], out: Path, title: str) ->
     )
     axes.plot([best.iteration], [best.miou], marker="*", markersize=11, color=line.get_color(), linestyle="none")
     for name in sorted({name for point in points for name in point.branches}):
-        axes.plot(steps, [point.branches.get(name) for point in points], label=name, linewidth=1.2, linestyle="--")
+        axes.plot(
+            steps,
+            [point.branches.get(name, float("nan")) for point in points],
+            label=name,
+            linewidth=1.2,
+            linestyle="--",
+        )
     axes.set_xlabel("iteration")
     axes.set_ylabel("mIoU (%) on the validation split")
     axes.set_ylim(bottom=0)

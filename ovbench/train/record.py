@@ -172,15 +172,17 @@ def unfinished(root: Path, spec_hash: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def of_another_length(root: Path, spec: TrainSpec) -> Path | None:
-    """A folder below ``root`` with a training that differs from ``spec`` in the length of its schedule alone; None without one."""
+def shorter(root: Path, spec: TrainSpec) -> Path | None:
+    """A folder below ``root`` with a training that has ended and differs from ``spec`` in a shorter schedule alone, or None."""
 
     def rest(one: TrainSpec) -> dict[str, Any]:
         content = one.model_dump(mode="json", exclude={"planned", "overrides", "limit_iters"})
         return {**content, "recipe": {k: v for k, v in content["recipe"].items() if k not in ("iters", "epochs")}}
 
-    found = [(record, folder) for record, folder in _all_of(root) if record.spec.planned != spec.planned]
-    return next((folder for record, folder in found if rest(record.spec) == rest(spec)), None)
+    for record, folder in _all_of(root):
+        if record.status == "ok" and record.spec.planned < spec.planned and rest(record.spec) == rest(spec):
+            return folder
+    return None
 
 
 def finished(root: Path, spec_hash: str) -> tuple[TrainRecord, Path] | None:

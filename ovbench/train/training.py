@@ -49,11 +49,11 @@ def train(planned: Plan, options: TrainOptions | None = None) -> tuple[TrainReco
         )
         return ended
     folder = records.unfinished(home, spec_hash) if where.resume else None
-    other = records.of_another_length(home, spec) if where.resume and folder is None else None
-    if other is not None:
+    ended_before = records.shorter(home, spec) if where.resume and folder is None else None
+    if ended_before is not None:
         raise UsageError(
-            f"'{other}' has another number of iterations, so another schedule of the learning rate: going on from its end "
-            "would be a warm restart, whose weights no training in one go would give. Without --resume a new training "
+            f"'{ended_before}' has ended, and its learning rate with it. More iterations are another schedule: going on from "
+            "there would be a warm restart, whose weights no training in one go would give. Without --resume a new training "
             "starts; with --init it starts from those weights, and its record says so."
         )
     if where.resume and folder is None and lead:
