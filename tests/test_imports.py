@@ -20,7 +20,7 @@ LAYERS = (
     ("models.own_file",),
     ("mm.compat", "ops", "measure", "pictures", "words.class_list", "networks.builtin", "registry", "words.prompts"),
     ("spec", "networks", "benchmarks", "models.backbone_constants"),
-    ("words", "results", "models.base"),
+    ("words", "results", "models.base", "models.trainable"),
     ("models.method", "models.windowed", "models.trained_file", "train.recipe", "mm.label_loading"),
     ("models.resolve", "train.record"),
     ("models.closed_set", "models.mask_method", "networks.builtin.readouts", "networks.builtin.corpus"),

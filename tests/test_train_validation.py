@@ -126,6 +126,8 @@ def test_branches_of_a_head_that_names_a_coarse_classifier():
             return inputs[-1] + 1
 
     class Segmentor(nn.Module):
+        with_auxiliary_head = True
+
         def __init__(self):
             super().__init__()
             self.decode_head, self.auxiliary_head = Head(), nn.ModuleList([Head(), Head()])

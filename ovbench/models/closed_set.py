@@ -154,8 +154,10 @@ class ClosedSetNetwork(Trainable):
 
     def branches(self) -> tuple[str, ...]:
         """``auxiliary`` (with a number where there are several) and ``coarse``, as far as the network has them."""
-        auxiliary = getattr(self.segmentor, "auxiliary_head", None)  # mmseg's networks without one lack the attribute
-        count = 0 if auxiliary is None else len(auxiliary) if isinstance(auxiliary, nn.ModuleList) else 1
+        count = 0
+        if self.segmentor.with_auxiliary_head:
+            heads = self.segmentor.auxiliary_head
+            count = len(heads) if isinstance(heads, nn.ModuleList) else 1
         names = ["auxiliary"] if count == 1 else [f"auxiliary_{number}" for number in range(count)]
         return (*names, "coarse") if isinstance(self.segmentor.decode_head, CoarseHead) else tuple(names)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ovbench import benchmarks
 from ovbench.errors import Interrupted
 from ovbench.evaluate.run import run
 from ovbench.hashing import sha256_of_file
-from ovbench.models.closed_set import ClosedSetModel, ClosedSetNetwork
+from ovbench.models.closed_set import ClosedSetNetwork
+from ovbench.models.closed_set_branches import Branches
 from ovbench.ops.areas import areas
 from ovbench.registry import method_info
 from ovbench.results.record import metrics_from_areas
@@ -171,27 +171,6 @@ def read_points(folder: Path) -> list[ValidationPoint]:
     return [ValidationPoint(**json.loads(line)) for line in lines]
 
 
-class _Branches(ClosedSetNetwork):
-    """A network whose output is its branches', one after the other along the channels."""
-
-    def __init__(self, network: ClosedSetNetwork) -> None:
-        super().__init__(network.segmentor, network.mean.flatten().tolist(), network.std.flatten().tolist())
-        self.to(network.mean.device)
-        self.inner = network
-
-    def forward(self, batch: Tensor) -> Tensor:
-        """Logits (B, N K, h, w) of N branches, on the finest of their grids."""
-        found = list(self.inner.branch_logits(batch).values())
-        size = max((tuple(logits.shape[-2:]) for logits in found), key=lambda grid: grid[0] * grid[1])
-        return torch.cat(
-            [
-                torch.nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-                for logits in found
-            ],
-            dim=1,
-        )
-
-
 @torch.inference_mode()
 def branch_scores(
     network: ClosedSetNetwork, planned: Plan, watch: Callable[[int, int], None] = lambda done, total: None
@@ -204,26 +183,21 @@ def branch_scores(
         watch: Progress callback (done, total).
     """
     from ovbench.evaluate.session import build_dataset
-    from ovbench.ops.patch_logits import PatchLogits
 
     benchmark = benchmarks.get(planned.spec.dataset)
     protocol = protocol_of(planned.spec).model_copy(update={"scales": (1.0,), "flip": False})
     dataset = build_dataset(benchmark, planned.root, protocol.short_side, protocol.long_side)
-    names, classes = network.branches(), benchmark.num_classes
-    model = ClosedSetModel(_Branches(network), benchmark.class_names, protocol)
-    totals = [torch.zeros(4, classes, dtype=torch.int64) for _ in names]
+    model, classes = Branches(network, benchmark.class_names, protocol), benchmark.num_classes
+    totals = {name: torch.zeros(4, classes, dtype=torch.int64) for name in network.branches()}
     for index in range(len(dataset)):
         sample = dataset[index]
-        label = sample["data_samples"].gt_sem_seg.data[0]
-        (found,) = model.patch_logits([sample["inputs"].flip(0).to(model.device)])
-        for number, total in enumerate(totals):
-            values = found.values[..., number * classes : (number + 1) * classes]
-            one = PatchLogits(values, found.plan, found.image)
-            labels = model.decide(one, (label.shape[-2], label.shape[-1]))
-            parts = areas(labels, label.to(labels.device), classes, benchmark.ignore_index)
-            total += torch.stack([parts.intersect, parts.union, parts.pred, parts.label]).cpu()
+        label = sample["data_samples"].gt_sem_seg.data[0].to(model.device)
+        found = model.labels(sample["inputs"].flip(0).to(model.device), (label.shape[-2], label.shape[-1]))
+        for name, labels in found.items():
+            parts = areas(labels, label, classes, benchmark.ignore_index)
+            totals[name] += torch.stack([parts.intersect, parts.union, parts.pred, parts.label]).cpu()
         watch(index + 1, len(dataset))
     return {
         name: metrics_from_areas(benchmark.class_names, *total.tolist(), images=len(dataset)).miou or 0.0
-        for name, total in zip(names, totals, strict=True)
+        for name, total in totals.items()
     }
