@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,13 +18,15 @@ from ovbench.errors import unknown_name
 from ovbench.methods import caa, ecac, hosts  # type: ignore[import-not-found]
 from ovbench.methods.caa import CAAConfig  # type: ignore[import-not-found]
 from ovbench.methods.ecac import ECACConfig  # type: ignore[import-not-found]
+from ovbench.methods.public import read_public  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg
 from ovbench.models.closed_set import ClosedSetMethod
+from ovbench.models.public_file import PublicFile
 from ovbench.networks.encoders import encoder, encoder_config
 
 METHODS = {
     "fcn": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Long et al., CVPR 2015",
+        "cls": "FCN", "track": "closed-set", "protocol": "closed-set", "paper": "Long et al., CVPR 2015",
         "summary": "FCN",
     },
     "psp": {
@@ -55,7 +58,7 @@ METHODS = {
         "summary": "SegNeXt",
     },
     "caa-fcn": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "cls": "CAAFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
         "summary": "FCN with class-aware affinity",
     },
     "caa-psp": {
@@ -87,7 +90,7 @@ METHODS = {
         "summary": "SegNeXt with class-aware affinity",
     },
     "ecac-fcn": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "cls": "ECACFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
         "summary": "FCN with extended context-aware classifier",
     },
     "ecac-psp": {
@@ -193,12 +196,18 @@ class Host(ClosedSetMethod):
             num_classes,
             encoder=arch,
             channels=self.config.channels,
+            concat_input=getattr(self.config, "concat_input", None),
         )
         return self.around(host, training, class_frequencies)
 
     def around(self, host: dict[str, Any], training: bool, class_frequencies: Sequence[int] | None) -> dict[str, Any]:
         """The config of what is put around a host's."""
         return host
+
+    @classmethod
+    def public_file(cls, path: Path) -> PublicFile | None:
+        """See :func:`ovbench.methods.public.read_public`."""
+        return read_public(path)  # type: ignore[no-any-return]
 
     def model_config(
         self,
@@ -269,6 +278,49 @@ class ECACMethod(Host):
     def needs_class_frequencies(self) -> bool:
         """Where the cross-entropy is weighted by them."""
         return bool(self.config.reweight)
+
+
+@dataclass(frozen=True)
+class FCNConfig(HostConfig):
+    """Switches of FCN.
+
+    Attributes:
+        concat_input: A third convolution over C4 beside the result of the two, as in mmseg's config and its public
+            checkpoints; without it the head has the parameters that the thesis prints (Table 4.6).
+    """
+
+    concat_input: bool = False
+
+
+@dataclass(frozen=True)
+class CAAFCNConfig(CAAHostConfig, FCNConfig):
+    """Switches of FCN with CAA."""
+
+
+@dataclass(frozen=True)
+class ECACFCNConfig(ECACHostConfig, FCNConfig):
+    """Switches of FCN with ECAC."""
+
+
+class FCN(Host):
+    """FCN, of which there are two heads; see :class:`FCNConfig`."""
+
+    Config: ClassVar[type[Any]] = FCNConfig
+    BEFORE: ClassVar[dict[str, Any]] = {"concat_input": False}
+
+
+class CAAFCN(CAAMethod):
+    """FCN with class-aware affinity."""
+
+    Config: ClassVar[type[Any]] = CAAFCNConfig
+    BEFORE: ClassVar[dict[str, Any]] = {**CAAMethod.BEFORE, "concat_input": False}
+
+
+class ECACFCN(ECACMethod):
+    """FCN with the extended context-aware classifier."""
+
+    Config: ClassVar[type[Any]] = ECACFCNConfig
+    BEFORE: ClassVar[dict[str, Any]] = {**ECACMethod.BEFORE, "concat_input": False}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Plain dicts for mmseg's ``MODELS``; torch and mmseg are imported only when a hea
 ``deeplabv3plus_r50-d8``, ``upernet_r50``, and the folder ``segnext``), which give the parameters of thesis Tables 3.5 and
 4.6 to 0.2 %. Differences:
 
-* FCN has two convolutions and no concatenation of its input (thesis ch. 4: 11.87 M).
+* FCN has two convolutions and no concatenation of its input (thesis ch. 4: 11.87 M) unless told otherwise.
 * Batch norm is plain instead of synchronised: the same parameters and operations, and it runs on one device.
 * ISNet is written here (:mod:`ovbench.methods.isnet`), and SegNeXt's evaluation repeats itself
   (:mod:`ovbench.methods.segnext`).
@@ -69,6 +69,7 @@ def head_config(
     encoder: str | None = None,
     in_channels: Sequence[int] | None = None,
     channels: int = 0,
+    concat_input: bool | None = None,
 ) -> dict[str, Any]:
     """A host's decode head as a config of its own for mmseg's ``MODELS``.
 
@@ -78,6 +79,7 @@ def head_config(
         encoder: Encoder id; None takes :func:`default_encoder`.
         in_channels: Channels of C1 .. C4 other than the encoder's.
         channels: Width D of the feature before the classifier; 0 takes the published one.
+        concat_input: Of FCN, whether its input is concatenated to what comes out of its convolutions; None is as above.
 
     Raises:
         UsageError: Unknown name.
@@ -91,6 +93,8 @@ def head_config(
     config["in_channels"] = [in_channels[i] for i in index] if isinstance(index, list) else in_channels[index]
     if name == "deeplabv3plus":
         config["c1_in_channels"] = in_channels[0]
+    if concat_input is not None:
+        config["concat_input"] = concat_input
     norm: dict[str, Any] = {"type": "BN", "requires_grad": True}
     if name == "segnext":
         config["channels"] = channels or _SEGNEXT.get(encoder, config["channels"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +70,21 @@ def weights_of(weights: str | None, pretrained: str | None, default: str = "open
     if weights and pretrained:
         raise UsageError("--weights and --pretrained both say where the weights come from: give one of them.")
     return weights or pretrained or default
+
+
+def method_told(weights: str) -> str | None:
+    """The method that a weights file says it is of; None for other weights.
+
+    Raises:
+        WeightsError: A file that cannot be read.
+    """
+    from ovbench.paths import user_path
+
+    if not user_path(weights).is_file():
+        return None
+    from ovbench.models.build import method_of
+
+    return method_of(weights)
 
 
 def overrides_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +163,7 @@ def parse_names(text: str | None, option: str) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Classes:
-    """What ``--classes`` names.
+    """What ``--classes`` names, or a file of weights.
 
     Attributes:
         kind: What it was taken for.
@@ -156,7 +171,7 @@ class Classes:
         benchmark: The benchmark's name, where it is one.
     """
 
-    kind: Literal["file", "benchmark", "words"]
+    kind: Literal["file", "benchmark", "words", "weights"]
     entries: list[ClassEntry]
     benchmark: str | None = None
 
@@ -198,6 +213,51 @@ def read_classes(given: str) -> Classes:
     if near:
         say(f"'{given}' is taken as a word: there is no benchmark of that name. Did you mean: {', '.join(near)}?")
     return Classes("words", entries)
+
+
+def classes_of_weights(method: str, weights: str, options: Mapping[str, Any], given: str | None) -> Classes:
+    """The classes of a prediction: those given, else those that the weights of a closed-set method say they know.
+
+    A closed-set method knows its classes by name, so that words beside a name are left away.
+
+    Raises:
+        UsageError: None are given, and nothing tells them.
+        WeightsError: The weights cannot be read, or are of another method.
+    """
+    from ovbench.models.resolve import resolve
+    from ovbench.registry import method_info
+    from ovbench.words.class_list import ClassEntry
+
+    closed = not method_info(method).takes_words
+    if given is not None:
+        found = read_classes(given)
+        entries = [ClassEntry(entry.name, (entry.name,)) for entry in found.entries] if closed else found.entries
+        return replace(found, entries=entries)
+    resolved = resolve(method, weights, options) if closed else None
+    if resolved is None or resolved.class_names is None:
+        why = (
+            f"'{weights}' does not say on which classes '{method}' was trained" if closed else f"'{method}' reads words"
+        )
+        raise UsageError(
+            f"Which classes? {why}: give --classes with words, a file with one class per line, or a benchmark's name, "
+            "e.g. --classes ade20k (its classes in their order; 'ovbench list datasets')."
+        )
+    names = resolved.class_names
+    say(f"Classes: the {len(names)} of the weights{f', those of {resolved.dataset}' if resolved.dataset else ''}.")
+    return Classes("weights", [ClassEntry(name, (name,)) for name in names], resolved.dataset)
+
+
+def palette_of(classes: Classes) -> list[tuple[int, int, int]]:
+    """A colour for each class: the benchmark's own where the classes are those of one, else far apart."""
+    from ovbench import benchmarks
+    from ovbench.benchmarks import colours
+
+    names = [entry.name for entry in classes.entries]
+    if classes.benchmark in benchmarks.names():
+        benchmark = benchmarks.get(str(classes.benchmark))
+        if len(benchmark.palette) == len(names):
+            return list(benchmark.palette)
+    return list(colours.for_classes(names))
 
 
 def default_device() -> str:

@@ -33,7 +33,6 @@ DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of th
 Demo = Annotated[bool, typer.Option("--demo", help="Generated scenes and a small network: needs no download and no data. Tries the tool, proves nothing about the method.", rich_help_panel=WHAT)]
 _CLASSES = typer.Option("--classes", metavar="WORDS|FILE|BENCHMARK", help="Words with commas between them, a file (one class per line, 'name: synonym, synonym'), or the name of a benchmark. An existing file comes first, then a benchmark.", rich_help_panel=WHAT)
 Classes = Annotated[str | None, _CLASSES]
-NeededClasses = Annotated[str, _CLASSES]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", min=1, help="Number of classes: as many made-up ones, or when scenes are drawn the first that can be.", rich_help_panel=WHAT)]
 Arch = Annotated[str | None, typer.Option("--arch", help="open_clip architecture, e.g. ViT-B-16, ViT-L-14, or the encoder of a closed-set method, e.g. resnet50-v1c, swin-b. Not needed where a weights file tells.", rich_help_panel=WHAT)]
 Pretrained = Annotated[str | None, typer.Option("--pretrained", help="open_clip tag (openai, laion2b_s34b_b88k, ...) or hf-hub:org/name.", rich_help_panel=WHAT)]

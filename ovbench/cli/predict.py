@@ -14,11 +14,13 @@ from ovbench.cli import options as o
 from ovbench.cli.console import print_json, print_text, progress, say
 from ovbench.cli.inputs import (
     choose,
+    classes_of_weights,
     default_device,
+    method_told,
     overrides_of,
+    palette_of,
     parse_options,
     parse_window_batch,
-    read_classes,
     weights_of,
 )
 from ovbench.errors import DataError, OvbenchError, RunError, UsageError, unknown_name
@@ -41,7 +43,7 @@ IN_LINE = 3  # classes printed for one of many
 
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures (JPEG, PNG, ...), or folders of pictures.")],
-    classes: o.NeededClasses,
+    classes: o.Classes = None,
     method: o.Method = None,
     solver: o.Solver = None,
     base: o.Base = None,
@@ -83,27 +85,30 @@ def predict(
 ) -> None:  # fmt: skip
     """Segments pictures with your own words.
 
-    --out takes the label map: a PNG with a palette, the number of the class at each pixel. Without --method it is sc-clip,
-    without --weights and --pretrained on OpenAI's CLIP.
+    --out takes the label map: a PNG with a palette, the number of the class at each pixel. Without --method it is what the
+    weights file is of, else sc-clip; without --weights and --pretrained on OpenAI's CLIP. Weights of a closed-set method say
+    on which classes they were trained.
 
     \b
     Examples:
     ovbench predict street.jpg --classes "road, car, sky" --overlay out.png
     ovbench predict cat.jpg --classes classes.txt --method sc-clip --out label.png --save-logits logits.npz
     ovbench predict photos/ more.jpg --classes classes.txt --out-dir results
+    ovbench predict street.jpg --weights pspnet_r50-d8_512x512_160k_ade20k.pth
     """
     given = locals()
-    default = None if solver else "sc-clip"
+    source = weights_of(weights, pretrained)
+    default = None if solver else method_told(source) or "sc-clip"
     hint = "A picture to write is --overlay FILE, which -o was up to 0.1, or --out FILE."
     chosen = parse_options(option, hint=hint)
     method, options = choose(method or default, solver, base, attention, attention_weights, chosen)
-    source = weights_of(weights, pretrained)
     targets = Targets(out, overlay, save_logits, save_features, save_masks)
     many = out_dir is not None or len(images) > 1 or images[0].is_dir()
     kinds = _require_fitting(targets, out_dir, write, many)
     if not many and targets.empty and not json:
         targets = Targets(overlay=images[0].with_name(f"{images[0].stem}-overlay.png"))
-    entries = read_classes(classes).entries
+    known = classes_of_weights(method, source, options, classes)
+    entries = known.entries
     names = [entry.name for entry in entries]
     if background is not None and background not in names:
         raise unknown_name("class for --background", background, names)
@@ -115,9 +120,9 @@ def predict(
     facts = {"method": method, "weights": source, "demo": source == "builtin"}
     if many:
         assert out_dir is not None  # checked above
-        _many(images, out_dir, kinds, Predictor(method, entries, settings), facts, json)
+        _many(images, out_dir, kinds, Predictor(method, entries, settings, palette_of(known)), facts, json)
     else:
-        _one(images[0], targets, Predictor(method, entries, settings), facts, json)
+        _one(images[0], targets, Predictor(method, entries, settings, palette_of(known)), facts, json)
 
 
 @dataclass(frozen=True)
@@ -148,11 +153,13 @@ class Predictor:
         method: Method id or PATH.py:Class.
         entries: Classes.
         settings: Of :func:`ovbench.models.build.build_model`.
+        palette: A colour (red, green, blue) for each class.
     """
 
     method: str
     entries: Sequence[ClassEntry]
     settings: dict[str, Any]
+    palette: list[tuple[int, int, int]]
     _model: Model | None = field(default=None, init=False)
 
     @property
@@ -182,7 +189,6 @@ class Predictor:
         import torch
 
         from ovbench import pictures
-        from ovbench.benchmarks import colours
 
         image = pictures.read_rgb(path)
         model, (height, width) = self.model(), image.shape[:2]
@@ -205,7 +211,7 @@ class Predictor:
                 arrays["features"] = {"features": features.reshape(h * w, -1), "grid": [h, w]}
             if targets.masks is not None:
                 arrays["masks"] = {**model.arrays(found), "classes": self.names}  # type: ignore[operator]
-        palette = colours.for_classes(self.names)
+        palette = self.palette
         for kind, target in targets.given().items():
             with _writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)

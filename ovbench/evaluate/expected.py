@@ -130,10 +130,12 @@ class _Found:
 
 
 def _closed_set(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:
-    about = resolved.about
-    arch = about.arch if about is not None else spec.arch or resolved.cls.DEFAULT_ARCH
+    about, public = resolved.about, resolved.public
+    likeliest = resolved.cls.DEFAULT_ARCH if public is None else public.arches[0]
+    arch = about.arch if about is not None else spec.arch or likeliest
     digest = sha256_of_file(path) if path.is_file() else None
-    return _Found(asdict(resolved.config), {"arch": arch, "weights_sha256": digest})
+    options = resolved.cls(resolved.info.name, resolved.config).options()
+    return _Found(options, {"arch": arch, "weights_sha256": digest})
 
 
 def _open_vocabulary(spec: RunSpec, path: Path, resolved: Resolved) -> _Found:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from ovbench.errors import UsageError
+from ovbench.methods.public import read_public  # type: ignore[import-not-found]
 from ovbench.models.base import Background, Model
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetModel
 from ovbench.models.closed_set_weights import load_network
 from ovbench.models.resolve import Resolved, resolve
+from ovbench.models.trained_file import read_about
 from ovbench.models.windowed import DTYPES
+from ovbench.paths import user_path
 from ovbench.spec import DEVICES, DType, Protocol, long_dtype, validated
 from ovbench.spec import protocol as preset
 from ovbench.words.class_list import Classes, class_words
@@ -95,6 +98,22 @@ class Built:
             "weights_sha256": self.weights_sha256,
         }
         return known if self.activation is None else {**known, "activation": self.activation}
+
+
+def method_of(weights: str) -> str | None:
+    """The method that a weights file says it is of: of a training of ovbench, or a public checkpoint of a host; else None.
+
+    Raises:
+        WeightsError: A file that cannot be read.
+    """
+    path = user_path(weights)
+    if not path.is_file():
+        return None
+    about = read_about(path)
+    if about is not None:
+        return about.method
+    public = read_public(path)
+    return None if public is None else str(public.method)
 
 
 def build(spec: ModelSpec) -> Built:

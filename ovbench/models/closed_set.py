@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar, runtime_checkable
 from typing import Protocol as Interface
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ovbench.errors import UsageError, unknown_name
 from ovbench.models.base import CostForward
 from ovbench.models.method import NoOptions, configured
+from ovbench.models.public_file import PublicFile
 from ovbench.models.trainable import ParameterGroup, Trainable
 from ovbench.models.windowed import WindowedModel
 from ovbench.ops.assemble import Weights
@@ -69,9 +71,22 @@ class ClosedSetMethod:
         """As :meth:`configure`: no switch depends on weights."""
         return cls.configure(options)
 
+    @classmethod
+    def public_file(cls, path: Path) -> PublicFile | None:
+        """What a file of others' making, e.g. a public checkpoint, is of; None where that is not known.
+
+        Raises:
+            WeightsError: It is of a network that the method cannot be.
+        """
+        return None
+
     def options(self) -> dict[str, Any]:
-        """All switches in force, for the record."""
-        return asdict(self.config)
+        """The switches in force, for the record; those that came later only where they are not what was done before them."""
+        defaults = asdict(self.Config())
+        unmoved = {name for name, value in self.BEFORE.items() if value == defaults[name]}
+        return {
+            name: value for name, value in asdict(self.config).items() if name not in unmoved or value != defaults[name]
+        }
 
     def model_config(
         self,

@@ -1,20 +1,27 @@
-"""A closed-set training that starts from a whole trained network: its own kind, or its host."""
+"""A closed-set training that starts from a whole trained network: its own kind, its host, or a public checkpoint of that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ovbench.errors import WeightsError
+from ovbench.methods.hosts import addon_and_host  # type: ignore[import-not-found]
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetNetwork
-from ovbench.models.trained_file import read_about
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.models.closed_set_weights import segmentor_state
+from ovbench.models.public_file import PublicFile, require_names
+from ovbench.models.trained_file import About, options_again, read_about
+from ovbench.networks.encoder_of import encoders_of
+from ovbench.networks.state_dict import read_state_dict, require_fit
 from ovbench.paths import user_path
 
 _HEAD, _HOST = "segmentor.decode_head.", "segmentor.decode_head.host."
+_AUXILIARY = "segmentor.auxiliary_head."
+_COUNTER = "num_batches_tracked"
 
 
 class Start(NamedTuple):
@@ -55,8 +62,11 @@ def start_from(
 ) -> Start:
     """The part of a network's state that a file of a whole network gives it.
 
+    A host takes a file of itself. A host with an add-on takes one of itself, or one of the host: then encoder, host and its
+    classifier, which the add-on's own classifier (CAA's) begins from as well. The auxiliary head is taken where both have it.
+
     Args:
-        weights: A file of ``ovbench train``, or a checkpoint of mmseg.
+        weights: A file of ``ovbench train``, or a public checkpoint of mmseg.
         network: To be started, built for training.
         method: What it is of.
         arch: Its encoder.
@@ -64,58 +74,116 @@ def start_from(
         new_classes: Where the file has other classes, all that depends on them begins anew.
 
     Raises:
-        WeightsError: The file cannot be read, is of another encoder, or of other classes without ``new_classes``.
+        WeightsError: The file cannot be read, or is of another host, encoder or width, or of other classes without
+            ``new_classes``; says which would fit.
     """
     path = user_path(weights)
     if not path.is_file():
         raise WeightsError(f"No file '{weights}' to start from. Give a trained network's weights.")
-    about = read_about(path)
-    given = read_state_dict(path)
+    about, public = _facts(path, method)
+    state, theirs, options, others = read_state_dict(path), method.name, {}, False
     if about is None:
-        given = {f"segmentor.{key}": value for key, value in given.items()}
-    elif about.arch != arch:
-        raise WeightsError(f"'{path.name}' has the encoder {about.arch}, not {arch}: give --arch {about.arch}.")
-    others = about is not None and list(about.class_names) != list(class_names)
+        state = segmentor_state(state)
+    try:
+        if about is not None:
+            theirs, options = about.method, options_again(about.method_options, type(method))
+            require_names(path.name, about.class_names, class_names, about.dataset)
+        elif public is not None:
+            theirs, options = public.method, dict(public.options)
+            public.require_classes(class_names)
+    except WeightsError as error:
+        if not new_classes:
+            raise WeightsError(
+                f"{error} With --new-classes what depends on them begins anew, the rest is taken."
+            ) from None
+        others = True
+    _require_kin(path.name, theirs, options, method, arch, state)
+    return _start(path.name, theirs, state, network, arch, len(class_names) if others else None)
+
+
+def arch_of(weights: str | Path, method: ClosedSetMethod) -> str | None:
+    """The encoder that a file of a whole network has; None where it does not tell.
+
+    Raises:
+        WeightsError: The file cannot be read, or has an encoder that is none of ours.
+    """
+    path = user_path(weights)
+    if not path.is_file():
+        return None
+    about, public = _facts(path, method)
+    return about.arch if about is not None else None if public is None else public.encoder(None)
+
+
+def _facts(path: Path, method: ClosedSetMethod) -> tuple[About | None, PublicFile | None]:
+    about = read_about(path)
+    return about, method.public_file(path) if about is None else None
+
+
+def _require_kin(
+    file: str, theirs: str, options: Mapping[str, Any], method: ClosedSetMethod, arch: str, state: Mapping[str, Tensor]
+) -> None:
+    """Nothing, if the file is of the method or of its host, with its widths, on its encoder."""
+    if theirs not in (method.name, addon_and_host(method.name)[1]):
+        raise WeightsError(
+            f"'{file}' is of '{theirs}', which '{method.name}' cannot start from: it fits --method {theirs}."
+        )
+    own = asdict(method.config)
+    for name in ("channels", "concat_input"):
+        if name in own and options.get(name, 0) != own[name]:
+            given = options.get(name, 0)
+            raise WeightsError(f"'{file}' has a host with {name}={given}: give -o {name}={given}.")
+    prefix = "segmentor.backbone."
+    found = encoders_of({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    if found and arch not in found:
+        raise WeightsError(f"'{file}' has the encoder {found[0]}, not {arch}: give --arch {' or '.join(found)}.")
+
+
+def _start(
+    file: str, theirs: str, given: Mapping[str, Tensor], network: ClosedSetNetwork, arch: str, classes: int | None
+) -> Start:
+    """The state by keys; where ``classes`` (K) are others, what has a row for each of them begins anew."""
     own = network.state_dict()
-    if any(key.startswith(_HOST) for key in own) and not any(key.startswith(_HOST) for key in given):
-        given = {key.replace(_HEAD, _HOST, 1): value for key, value in given.items()}
-    known = {key: value for key, value in given.items() if key in own}
-    shapes = [key for key, value in known.items() if value.shape != own[key].shape]
-    missing = [key for key in own if key.startswith("segmentor.backbone.") and (key not in known or key in shapes)]
-    if missing:
-        raise WeightsError(
-            f"'{path.name}' does not fit the encoder {arch}: {len(missing)} of its tensors are missing or of another shape, "
-            f"{missing[0].removeprefix('segmentor.')} among them."
+    nested = any(key.startswith(_HOST) for key in own) and not any(key.startswith(_HOST) for key in given)
+    moved = {key.replace(_HEAD, _HOST, 1) if nested else key: value for key, value in given.items()}
+    for part in ("weight", "bias") if nested else ():  # CAA's classifier begins as its host's
+        place = f"{_HEAD}conv_seg.{part}"
+        if place in own and place in given:
+            moved[place] = given[place]
+    anew = {
+        key for key in moved
+        if key in own and "_head." in key and (
+            (classes is not None and own[key].dim() and own[key].shape[0] == classes)
+            or (key.startswith(_AUXILIARY) and own[key].shape != moved[key].shape)
         )
-    if (others or shapes) and not new_classes:
-        what = (
-            f"of the {len(about.class_names)} classes of {about.dataset}"
-            if about is not None and others
-            else (f"of another shape in {shapes[0].removeprefix('segmentor.')}")
-        )
-        raise WeightsError(
-            f"'{path.name}' is {what}, not of the {len(class_names)} classes here. With --new-classes whatever depends on "
-            "them (classifiers, centres) begins anew, and the rest is taken."
-        )
-    dropped = {*shapes, *(key for key in known if others and _of_classes(own[key], key, len(class_names)))}
-    state = {key: value for key, value in known.items() if key not in dropped}
-    left = [key for key in given if key not in state]
-    fresh = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    return Start(state, method.name if about is None else about.method, _parts(state), _parts(left), _parts(fresh))
+    }  # fmt: skip
+    state = {key: value for key, value in moved.items() if key in own and key not in anew}
+    left = [key for key in moved if key not in state]
+    fresh = [key for key in own if key not in state and not key.endswith(_COUNTER)]
+    inside = ("segmentor.backbone.", "segmentor.neck.", _HOST if nested else _HEAD)
+    require_fit(
+        f"'{file}' does not fit this network with the encoder {arch}",
+        missing=[key for key in fresh if key.startswith(inside) and key not in anew and ".teacher." not in key],
+        unknown=[key for key in left if key.startswith(inside) and key not in anew],
+        shapes=[key for key in state if state[key].shape != own[key].shape],
+    )
+    return Start(state, theirs, _parts(state), _parts(left), _parts(fresh))
 
 
-def _of_classes(tensor: Tensor, key: str, classes: int) -> bool:
-    """Whether a tensor of a head has a row for each class."""
-    return "_head." in key and tensor.dim() > 0 and tensor.shape[0] == classes
+# Parts of a network's state by the beginnings of their keys, without ``segmentor.``; the first that fits.
+_NAMES = {
+    "backbone.": "encoder", "neck.": "neck", "decode_head.host.": "host", "decode_head.teacher.": "teacher",
+    "decode_head.": "decode head", "auxiliary_head.": "auxiliary head",
+}  # fmt: skip
 
 
 def _parts(keys: Iterable[str]) -> dict[str, int]:
-    """Tensors by part of the network."""
+    """Tensors by part of the network, counters left out."""
     found: dict[str, int] = {}
     for key in keys:
-        plain = key.removeprefix("segmentor.")
-        part = "host" if plain.startswith("decode_head.host.") else plain.split(".")[0]
-        found[part] = found.get(part, 0) + 1
+        if not key.endswith(_COUNTER):
+            plain = key.removeprefix("segmentor.")
+            name = next((name for prefix, name in _NAMES.items() if plain.startswith(prefix)), plain)
+            found[name] = found.get(name, 0) + 1
     return found
 
 

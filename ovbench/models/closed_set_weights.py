@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ovbench.errors import UsageError, WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.mm.compat import import_mmseg, quiet_mmengine
 from ovbench.models.closed_set import ClosedSetMethod, ClosedSetNetwork
+from ovbench.models.public_file import tensors_below
 from ovbench.models.resolve import Resolved
+from ovbench.networks.encoder_weights import mmseg_keys
 from ovbench.networks.encoders import encoder
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_fit
 from ovbench.paths import user_path
 from ovbench.registry import closed_set_class, method_info
 
@@ -92,15 +95,25 @@ def load_network(
                 f"{len(class_names)}: a closed-set method is evaluated on the classes it was trained on."
             )
         arch = about.arch
+    elif resolved.public is not None:
+        resolved.public.require_classes(class_names)
+        arch = resolved.public.encoder(arch)
     arch = arch or method.DEFAULT_ARCH
     network = build_network(method, arch, len(class_names), seed=seed)
     if weights != "random":
         state = read_state_dict(path)
-        if about is None:  # a checkpoint of mmseg: the same modules without our wrapper
-            state = {f"segmentor.{key}": value for key, value in state.items()}
+        if about is None:
+            state = segmentor_state(state)
         load_strictly(network, state, path.name, arch)
     digest = None if weights == "random" else sha256_of_file(path)
     return Loaded(network.eval().to(device), method, arch, digest)
+
+
+def segmentor_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint of mmseg under the keys of :class:`ClosedSetNetwork`: the same modules without our wrapper."""
+    backbone = {f"backbone.{key}": value for key, value in mmseg_keys(tensors_below(state, "backbone.")).items()}
+    others = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    return {f"segmentor.{key}": value for key, value in (backbone | others).items()}
 
 
 def build_network(
@@ -143,16 +156,10 @@ def load_strictly(network: ClosedSetNetwork, state: dict[str, Any], name: str, a
     own = network.state_dict()
     extra = tuple(f"segmentor.{part}" for part in TRAINING_ONLY)
     given = {key: value for key, value in state.items() if key in own or not key.startswith(extra)}
-    faults = []
-    for what, keys in (
-        ("missing", [key for key in own if key not in given]),
-        ("not known", [key for key in given if key not in own]),
-        ("of another shape", [key for key in given if key in own and given[key].shape != own[key].shape]),
-    ):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            shown = ", ".join(key.removeprefix("segmentor.") for key in keys[:3])
-            faults.append(f"{what}: {shown}{more}")
-    if faults:
-        raise WeightsError(f"'{name}' does not fit this network with the encoder {arch}: {'; '.join(faults)}.")
-    network.load_state_dict(given)
+    require_fit(
+        f"'{name}' does not fit this network with the encoder {arch}",
+        missing=[key for key in own if key not in given and not key.endswith("num_batches_tracked")],
+        unknown=[key for key in given if key not in own],
+        shapes=[key for key in given if key in own and given[key].shape != own[key].shape],
+    )
+    network.load_state_dict(given, strict=False)  # counters of batches, which nothing here reads, may be missing

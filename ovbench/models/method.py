@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +154,10 @@ class Method(Trainable):
         if weights == "random":
             given = {**random_backbones(cls, given), **given}
         return cls.configure(given)
+
+    @classmethod
+    def public_file(cls, path: Path) -> None:
+        """Nothing: only networks with fixed classes are recognised by their weights alone."""
 
     def options(self) -> dict[str, Any]:
         """All constants in force, for the record."""

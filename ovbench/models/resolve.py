@@ -1,7 +1,8 @@
 """From a method's name, its weights and the user's options to the constants in force; fetches and builds nothing.
 
 Where the weights are a file that a training of ovbench left, its header has a say: which method it is of, and with which
-options it was trained. What a run will record of its method can therefore be foretold from here.
+options it was trained; a public checkpoint of mmseg's is recognised by what is in it. What a run will record of its method can
+therefore be foretold from here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ovbench.errors import WeightsError
+from ovbench.models.public_file import PublicFile
 from ovbench.models.trained_file import About, options_again, read_about, require_method, training_facts
 from ovbench.paths import user_path
 from ovbench.registry import MethodInfo, class_of, method_info
@@ -25,12 +27,26 @@ class Resolved:
         cls: Its class.
         config: Its constants: defaults, then a trained file's, then the user's.
         about: What the trained file says of itself; None for other weights.
+        public: What a public checkpoint is of; None for other weights.
     """
 
     info: MethodInfo
     cls: type[Any]
     config: Any
     about: About | None
+    public: PublicFile | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes that the weights say they were trained on, in label order; None where they say nothing."""
+        told = self.about or self.public
+        return None if told is None or told.class_names is None else list(told.class_names)
+
+    @property
+    def dataset(self) -> str | None:
+        """The benchmark that the weights say they were trained on."""
+        told = self.about or self.public
+        return None if told is None else told.dataset
 
     @property
     def demo(self) -> bool:
@@ -73,14 +89,19 @@ def resolve(method: str, weights: str, options: Mapping[str, Any], *, demo: bool
     info = method_info(method)  # after the class: a file of the user's own may have been edited meanwhile
     path = user_path(weights)
     about = read_about(path) if path.is_file() else None
-    if about is None:
+    public = cls.public_file(path) if about is None and path.is_file() else None
+    if about is not None:
+        require_method(about, info.name)
+        trained = options_again(about.method_options, cls)
+    elif public is not None:
+        public.require_method(info.name)
+        trained = dict(public.options)
+    else:
         return Resolved(info, cls, cls.configure_for(dict(options), weights=weights, demo=demo), None)
-    require_method(about, info.name)
-    trained = options_again(about.method_options, cls)
     config = cls.configure_for({**trained, **options}, weights=weights, demo=demo)
     if cls.FIXED_BY_TRAINING:
         before = asdict(cls.configure_for(trained, weights=weights, demo=demo))
         for key, value in asdict(config).items():
             if value != before[key]:
                 raise WeightsError(f"The weights were trained with {key}={before[key]}: leave '-o {key}={value}' away.")
-    return Resolved(info, cls, config, about)
+    return Resolved(info, cls, config, about, public)

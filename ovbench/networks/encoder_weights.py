@@ -101,6 +101,11 @@ def build_encoder(name: str, weights: str | Path | None = None) -> nn.Module:
     return backbone
 
 
+def mmseg_keys(state: Mapping[str, Tensor]) -> State:
+    """A backbone's tensors, from within a whole network, under mmseg's keys: those of Swin's authors are renamed."""
+    return _swin_layout(dict(state))
+
+
 def _backbone_keys(state: Mapping[str, Any]) -> State:
     """Tensors of the backbone, without the prefixes of the network around it."""
     found = {key: value for key, value in state.items() if isinstance(value, Tensor)}

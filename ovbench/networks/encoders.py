@@ -48,8 +48,9 @@ class Encoder:
     std: tuple[float, float, float] = STD
 
 
-def _resnet(name: str, depth: int, base: int = 64) -> Encoder:
-    """ResNet with the stem of three 3x3 convolutions (V1c) and dilated last stages, output stride 8."""
+def _resnet(name: str, depth: int, base: int = 64, stride: int = 8) -> Encoder:
+    """ResNet with the stem of three 3x3 convolutions (V1c): dilated last stages for an output stride of 8, none for 32."""
+    dilated = stride == 8
     backbone = {
         "type": "ResNetV1c",
         "depth": depth,
@@ -57,15 +58,15 @@ def _resnet(name: str, depth: int, base: int = 64) -> Encoder:
         "out_indices": (0, 1, 2, 3),
         "stem_channels": base,
         "base_channels": base,
-        "strides": (1, 2, 1, 1),
-        "dilations": (1, 1, 2, 4),
+        "strides": (1, 2, 1, 1) if dilated else (1, 2, 2, 2),
+        "dilations": (1, 1, 2, 4) if dilated else (1, 1, 1, 1),
         "norm_cfg": {"type": "BN", "requires_grad": True},
         "norm_eval": False,
         "style": "pytorch",
         "contract_dilation": True,
     }
     wide = base * (1 if depth < 50 else 4)
-    return Encoder(name, backbone, (wide, 2 * wide, 4 * wide, 8 * wide), (4, 8, 8, 8))
+    return Encoder(name, backbone, (wide, 2 * wide, 4 * wide, 8 * wide), (4, 8, 8, 8) if dilated else (4, 8, 16, 32))
 
 
 def _swin(name: str, width: int, depths: Sequence[int], heads: int, window: int, image: int) -> Encoder:
@@ -134,10 +135,15 @@ _ENCODERS = {
         _resnet("resnet18-v1c", 18),
         _resnet("resnet50-v1c", 50),
         _resnet("resnet101-v1c", 101),
+        _resnet("resnet18-v1c-d32", 18, stride=32),  # the strides of mmseg's UperNet
+        _resnet("resnet50-v1c-d32", 50, stride=32),
+        _resnet("resnet101-v1c-d32", 101, stride=32),
         _swin("swin-t", 96, (2, 2, 6, 2), 3, 7, 224),
         _swin("swin-s", 96, (2, 2, 18, 2), 3, 7, 224),
         _swin("swin-b", 128, (2, 2, 18, 2), 4, 12, 384),
+        _swin("swin-b-w7", 128, (2, 2, 18, 2), 4, 7, 224),
         _swin("swin-l", 192, (2, 2, 18, 2), 6, 12, 384),
+        _swin("swin-l-w7", 192, (2, 2, 18, 2), 6, 7, 224),
         _vit("vit-l", 1024, 24, 16),
         _mscan("mscan-t", (32, 64, 160, 256), (3, 3, 5, 2), 0.1),
         _mscan("mscan-s", (64, 128, 320, 512), (2, 2, 4, 2), 0.1),

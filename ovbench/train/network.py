@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of_file
-from ovbench.models.closed_set_start import start_from
+from ovbench.models.closed_set_start import arch_of, start_from
 from ovbench.models.closed_set_weights import TRAINING_ONLY, build_network, configured_method
 from ovbench.models.resolve import resolve
 from ovbench.models.trainable import ParameterGroup, Trainable, norms_and_biases
-from ovbench.models.trained_file import read_about
 from ovbench.paths import user_path
 from ovbench.registry import class_of, method_info
 from ovbench.spec import protocol
@@ -160,8 +159,7 @@ def closed_set_subject(
         WeightsError: One that cannot be read or does not fit.
     """
     chosen = configured_method(method, options)
-    about = None if init is None or not user_path(init).is_file() else read_about(user_path(init))
-    arch = arch or (chosen.DEFAULT_ARCH if about is None else about.arch)
+    arch = arch or (None if init is None else arch_of(init, chosen)) or chosen.DEFAULT_ARCH
     file = None if weights == "random" else str(user_path(weights))
     if init is not None and file is not None:
         raise UsageError("--init brings the encoder along: leave --weights away.")
