@@ -31,7 +31,7 @@ LAYERS = (
     ),
     ("models.resolve", "train.record"),
     ("models.closed_set", "models.mask_method", "networks.builtin.readouts", "networks.builtin.corpus"),
-    ("methods", "models.patch_model", "tables", "networks.builtin.evaluation"),
+    ("methods", "models.patch_model", "models.closed_set_branches", "tables", "networks.builtin.evaluation"),
     ("mm.heads", "mm.readers", "mm.panoptic_dataset", "models.view_averaging", "models.mask_model"),
     ("networks.builtin.train",),
     ("models.closed_set_weights",),
