@@ -93,7 +93,12 @@ def test_killed_between_validations_it_ends_in_the_same_curve(validated, data):
     (folder / "checkpoints" / "iteration-00000005.pt").unlink()  # as if it had been killed in the fourth
     records.write(record.model_copy(update={"status": "running"}), folder)
     again, place = train(planned(data, options=where), where)
-    assert place == folder and again.validation == record.validation and again.best_iteration == record.best_iteration
+    assert place == folder and again.validation == record.validation
+    assert again.best_iteration == record.best_iteration and again.best_weights_sha256 == record.best_weights_sha256
+    records.write(record.model_copy(update={"status": "running"}), folder)
+    without = TrainOptions(data_root=data, workers=0, results=folder.parents[2], resume=True)
+    later, _ = train(planned(data, options=without), without)  # what is known stays, though nothing is validated now
+    assert later.validation == record.validation and later.best_weights_sha256 == record.best_weights_sha256
 
 
 def test_asked_to_stop_in_a_validation_it_saves_and_goes_on_there(data, tmp_path, monkeypatch):

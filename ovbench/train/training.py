@@ -144,7 +144,7 @@ def _train(
             clock[0] = perf_counter()  # not the time of an iteration
 
     journal = Journal(folder / records.CHECKPOINTS, where.checkpoint_every, on_losses, done)
-    validation = Validation(planned, where, folder, done, save) if lead and where.val_every else None
+    validation = Validation(planned, where, folder, done, save) if lead else None
     if validation is not None:
         journal.validate = validate
     reset_peak_memory(next(network.parameters()).device)

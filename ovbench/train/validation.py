@@ -19,6 +19,7 @@ from ovbench.evaluate.run import run
 from ovbench.hashing import sha256_of_file
 from ovbench.models.closed_set import ClosedSetNetwork
 from ovbench.models.closed_set_branches import Branches
+from ovbench.models.trained_file import read_about
 from ovbench.ops.areas import areas
 from ovbench.registry import method_info
 from ovbench.results.record import metrics_from_areas
@@ -69,7 +70,7 @@ class Validation:
 
     Args:
         planned: The training.
-        options: Its options; ``val_every`` is set.
+        options: Its options; without ``val_every`` nothing is due, and earlier scores stay.
         folder: Its folder.
         done: Iterations that a resumed training has done; later scores are dropped.
         save: Writes the weights after so many iterations to a file.
@@ -79,8 +80,10 @@ class Validation:
         self, planned: Plan, options: TrainOptions, folder: Path, done: int, save: Callable[[Path, Any, int], None]
     ) -> None:
         self.planned, self.options, self.folder, self.save = planned, options, folder, save
-        self.points = [point for point in read_points(folder) if point.iteration <= done]
-        self._write()
+        earlier = read_points(folder)
+        self.points = [point for point in earlier if point.iteration <= done]
+        if len(self.points) < len(earlier):
+            self._write()
 
     def due(self, iteration: int) -> bool:
         """Whether there should be a score after so many iterations and there is none."""
@@ -141,10 +144,12 @@ class Validation:
     def summary(self) -> dict[str, Any]:
         """The fields of the training's record."""
         path, best = self.folder / records.BEST, self.best
+        about = read_about(path) if path.is_file() else None
+        kept = best is not None and about is not None and about.iterations == best.iteration
         return {
             "validation": tuple(self.points),
             "best_iteration": None if best is None else best.iteration,
-            "best_weights_sha256": sha256_of_file(path) if path.is_file() and best is not None else None,
+            "best_weights_sha256": sha256_of_file(path) if kept else None,
         }
 
     def _branches(self, network: Any, watch: Callable[[int, int], None]) -> dict[str, float]:
