@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ovbench import benchmarks
+from ovbench.cli.app import run_command
 from ovbench.errors import WeightsError
 from ovbench.methods import closed_set, public, segnext
 from ovbench.mm.compat import import_mmseg
@@ -343,3 +344,74 @@ def test_a_start_that_does_not_fit(psp, name, options, arch, names, message):
     network, method = network_of(name, **options)
     with pytest.raises(WeightsError, match=message):
         start_from(psp, network, method, arch, names)
+
+
+# --- ovbench predict: the file tells method, encoder, options and classes ---
+
+
+@pytest.fixture
+def picture(tmp_path, monkeypatch):
+    from PIL import Image
+    from tiny_clip import photo
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo(64, 96, 1).permute(1, 2, 0).numpy()).save("photo.png")
+    return "photo.png"
+
+
+def predicted(picture, capsys, *arguments):
+    import json
+
+    code = run_command(
+        ["predict", picture, "--device", "cpu", "--short-side", "64", "--out", "l.png", "--json", *arguments]
+    )
+    found = capsys.readouterr()
+    return code, json.loads(found.out) if code == 0 else None, " ".join(found.err.split())
+
+
+@pytest.fixture(scope="module")
+def cityscapes(tmp_path_factory):
+    """A small public FCN on Cityscapes' classes, with the concatenation that public FCNs have, and a training of ours."""
+    from ovbench.models import trained_file
+
+    folder = tmp_path_factory.mktemp("predict")
+    names = list(benchmarks.get("cityscapes").class_names)
+    method = configured_method("fcn", {"concat_input": True, "channels": 32})
+    network = build_network(method, "tiny", 19, seed=3)
+    meta = {"CLASSES": tuple(names), "PALETTE": [[0, 0, 0]] * 19}
+    state = network.segmentor.state_dict()
+    torch.save({"meta": meta, "state_dict": state}, folder / "fcn_r18-d8_512x1024_80k_cityscapes.pth")
+    torch.save({"state_dict": state}, folder / "fcn_r18-d8_nameless.pth")
+    about = trained_file.About(
+        method="fcn", method_options={"channels": 32, "concat_input": True}, arch="tiny", dataset="cityscapes",
+        class_names=names, training="t", spec_hash="0", iterations=1, planned=1,
+    )  # fmt: skip
+    trained_file.save(folder / "model.safetensors", dict(network.state_dict()), about)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["fcn_r18-d8_512x1024_80k_cityscapes.pth", "model.safetensors"])
+@pytest.mark.parametrize("named", [("-m", "fcn"), ()], ids=["with -m", "without"])
+def test_predict_needs_no_classes(cityscapes, picture, capsys, file, named):
+    from PIL import Image
+
+    code, report, err = predicted(picture, capsys, *named, "--weights", str(cityscapes / file))
+    assert code == 0, err
+    benchmark = benchmarks.get("cityscapes")
+    assert [entry["name"] for entry in report["classes"]] == list(benchmark.class_names) and report["method"] == "fcn"
+    assert "Classes: the 19 of the weights, those of cityscapes." in err
+    with Image.open("l.png") as label:
+        palette = label.getpalette()
+    assert palette[:57] == [value for colour in benchmark.palette for value in colour]
+
+
+def test_predict_says_what_is_missing(cityscapes, picture, capsys):
+    weights = str(cityscapes / "fcn_r18-d8_nameless.pth")
+    code, _, err = predicted(picture, capsys, "--weights", weights)
+    assert code == 2 and "does not say on which classes 'fcn' was trained" in err and "--classes ade20k" in err
+    code, report, err = predicted(picture, capsys, "--weights", weights, "--classes", "cityscapes")
+    assert code == 0 and len(report["classes"]) == 19, err
+    code, _, err = predicted(picture, capsys, "--weights", weights, "--classes", "voc21")
+    assert code == 3 and "tells 19 classes apart, not 21" in err
+    code, _, err = predicted(picture, capsys, "-m", "clip", "--weights", "random")
+    assert code == 2 and "'clip' reads words: give --classes" in err

@@ -81,7 +81,8 @@ def start_from(
     if not path.is_file():
         raise WeightsError(f"No file '{weights}' to start from. Give a trained network's weights.")
     about, public = _facts(path, method)
-    state, theirs, options, others = read_state_dict(path), method.name, {}, False
+    state, theirs, others = read_state_dict(path), method.name, False
+    options: Mapping[str, Any] | None = None
     if about is None:
         state = segmentor_state(state)
     try:
@@ -120,7 +121,12 @@ def _facts(path: Path, method: ClosedSetMethod) -> tuple[About | None, PublicFil
 
 
 def _require_kin(
-    file: str, theirs: str, options: Mapping[str, Any], method: ClosedSetMethod, arch: str, state: Mapping[str, Tensor]
+    file: str,
+    theirs: str,
+    options: Mapping[str, Any] | None,
+    method: ClosedSetMethod,
+    arch: str,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Nothing, if the file is of the method or of its host, with its widths, on its encoder."""
     if theirs not in (method.name, addon_and_host(method.name)[1]):
@@ -129,7 +135,7 @@ def _require_kin(
         )
     own = asdict(method.config)
     for name in ("channels", "concat_input"):
-        if name in own and options.get(name, 0) != own[name]:
+        if name in own and options is not None and options.get(name, 0) != own[name]:
             given = options.get(name, 0)
             raise WeightsError(f"'{file}' has a host with {name}={given}: give -o {name}={given}.")
     prefix = "segmentor.backbone."
