@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from tiny_clip import photo, save_tiny
 from tutorial import blocks, follow
 
@@ -217,12 +218,10 @@ def install(site: Path, *, entry: str = "their-method = their_package.inner.meth
     (info / "entry_points.txt").write_text(f"[ovbench.methods]\n{entry}\n")
 
 
-def test_a_package_registers_a_method(
-    tmp_path: Path, weights: str, run_cli: Callable[..., Any], run_python: Callable[..., Any]
-) -> None:
+def test_a_package_registers_a_method(tmp_path: Path, weights: str, run_cli: Callable[..., Any]) -> None:
     install(tmp_path / "site")
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
-    listed = run_cli("list", "methods", "--json", **path)
+    listed = run_cli("list", "methods", "--json", fresh=True, **path)
     assert listed.returncode == 0 and "IMPORTED" not in listed.stderr
     [entry] = [entry for entry in json.loads(listed.stdout) if entry["name"] == "their-method"]
     own = {"name": "their-method", "summary": "mine", "paper": "me", "protocol": "naclip"}
@@ -240,9 +239,11 @@ def test_a_package_registers_a_method(
         "--device",
         "cpu",
     ]
-    done = run_cli("run", "-m", "their-method", *arguments, "--gallery", "0", "--json", **path)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+    command = ["run", "-m", "their-method", *arguments, "--gallery", "0", "--json"]
+    process = warm.Started(warm.ovbench, command, cwd=tmp_path, env=path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    record = json.loads(out)
     assert record["spec"]["method"] == "their-method"
     assert record["spec"]["method_options"] == {"scale": 1.0, "source_sha256": hashlib.sha256(OWN.encode()).hexdigest()}
     code = (
@@ -250,8 +251,9 @@ def test_a_package_registers_a_method(
         f"seg = build_segmentor('their-method', weights={weights!r}, classes=['a'], templates='plain')\n"
         "assert type(seg.model.method).__name__ == 'Mine' and MODELS.get('their-method') is not None"
     )
-    done = run_python("-c", code, **path)
-    assert done.returncode == 0, done.stderr
+    process = warm.Started(warm.python, code, cwd=tmp_path, env=path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 @pytest.mark.parametrize(
@@ -264,14 +266,13 @@ def test_a_package_registers_a_method(
         ({"entry": "x = their_package.inner.methods:Mine"}, "import gone\n", "ModuleNotFoundError: No module named 'gone'"),
     ],
 )  # fmt: skip
-def test_wrong_packages_are_explained(
-    tmp_path: Path, run_python: Callable[..., Any], arguments: dict[str, str], source: str, message: str
-) -> None:
+def test_wrong_packages_are_explained(tmp_path: Path, arguments: dict[str, str], source: str, message: str) -> None:
     install(tmp_path / "site", source=source, **arguments)
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
     code = f"from ovbench.registry import method_class; method_class({arguments['entry'].split(' ')[0]!r})"
-    done = run_python("-c", code, **path)
-    assert done.returncode == 1 and message in done.stderr
+    process = warm.Started(warm.python, code, cwd=tmp_path, env=path)
+    _, err = process.communicate()
+    assert process.returncode == 1 and message in err
 
 
 def test_the_tutorial(repo: Path, tmp_path: Path) -> None:
