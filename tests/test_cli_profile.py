@@ -114,8 +114,9 @@ def test_a_decode_head_without_mmseg(run_profile):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_wrong_options_are_told_before_any_process(run_profile, arguments, words):
-    done = run_profile(*arguments)
+def test_wrong_options_are_told_before_any_process(run_cli, monkeypatch, arguments, words):
+    monkeypatch.setattr("ovbench.measure.profile.launch.subprocess.Popen", None)  # would raise if it were called
+    done = run_cli("profile", *arguments)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stdout == "" and "building" not in done.stderr
 
