@@ -5,18 +5,19 @@ With F (D x H x W) the host's feature, coarse (K x H x W) its own classifier's o
 * class centre: C = softmax(coarse) F'^T, one row of D' per class;
 * affinity: M = sigmoid(a b^T) of two 1x1 convolutions of F; F_intra = M F' and F_inter = (1 - M) F' = sum(F') - M F',
   so one product gives both;
-* association: softmax_classes(F_intra C^T) C, the same for F_inter;
-* final = conv1x1(concat(F, intra, inter)) -> classifier.
+* association: softmax_classes(F_intra C^T) C, the same for F_inter, each with projections as in mmseg's object attention;
+* fusion: F + BN(conv1x1(concat(F, intra, inter))), whose batch norm starts at 0 -> classifier.
 
 Loss = CE(final) + BCE(M, ground truth) + 0.4 CE(coarse). :class:`CAA` is the add-on itself, in torch alone. ``CAAHead``
 puts it on any host for mmseg: ``dict(type="CAAHead", host=dict(type="PSPHead", ...), **switches)`` after
 :func:`register`; mmseg is imported only then. Tensors and the map's rows are in :mod:`ovbench.ops.affinity`.
 
-Beside Table 3.5: the widths below add 3.62 M parameters (published 3.60 to 3.61) and 14.81 GMACs of convolutions
-(published 12.73 to 13.05). Both cannot be met: convolutions of F run on all 4096 positions, where 3.6 M parameters cost
-14.7 GMACs. With the matrix products of the affinity and the centres it is 57.61 GMACs, near the least for these
-parameters: a narrower D' needs wider a and b, which cost more. Neither training nor evaluation keeps a map: on a 64 x 64 grid, both
-losses and the backward pass hold 80 MiB of maps for one image and no more for a batch, where keeping them took 384 MiB each.
+Beside Table 3.5 (PSPNet, CCNet, DeepLabV3): +3.570 M parameters (published 3.60 to 3.61) and +12.99 GMACs of convolutions
+(13.04 to 13.05; UperNet's 12.73 is less by what a classifier costs). Convolutions that all ran on the 4096 positions would
+cost 14.7, so some .43 M act on the K centres: ``studies/caa_layouts.py`` lists the arrangements that give both numbers within
+1 %. With one width D' < D for all projections it is 448 in all of them; this one has OCR's parts. Neither training nor
+evaluation keeps a map: on a 64 x 64 grid, both losses and the backward pass hold 80 MiB of maps for one image and no more for
+a batch, where keeping them took 384 MiB each.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ovbench.ops.affinity import (
     affinity_loss,
     associate,
     class_centers,
+    class_mass,
     intra_and_inter,
     labels_on_grid,
 )
@@ -45,7 +47,7 @@ from ovbench.ops.full_precision import full_precision
 
 
 # Looked at for what is inferred: thesis ch. 3 (equations, Tables 3.1 to 3.5), mmseg's heads and recipes of the hosts,
-# OCR's object attention, CPNet; no public code of the method was found.
+# OCR's object attention, CPNet; no public code of the method was found. Measured: docs/closed-set.md.
 @dataclass(frozen=True)
 class CAAConfig:
     """Switches and widths of CAA; the defaults are the full method.
@@ -58,14 +60,24 @@ class CAAConfig:
         inter: Concatenate the inter-class part (Table 3.3).
         aux_weight: Weight of CE(coarse); 0 leaves the loss out (Table 3.4).
         affinity_weight: Weight of BCE(M, ground truth); 0 leaves the loss out (Table 3.4).
+        affinity_rows: Add CPNet's terms of a row as a whole (precision, recall, specificity) to that loss (*inferred*: off,
+            the equation has the BCE alone).
+        affinity_detached: a and b read F without sending their gradient into it (*inferred*, by measurement).
         center_softmax: Axis of the centre's softmax: over positions it is a weighted mean; over classes it is divided by
             each class's mass to be one too (*inferred*: the axis is not stated).
+        center_mass: A class's part in the association is multiplied by its share of the image, so that centres of absent
+            classes stay out (*inferred*: the equation has no such factor).
         row_normalise: Rows of M and of 1 - M sum to one, so that F_intra and F_inter do not grow with HW (*inferred*).
-        association_scale: Divide the association's logits by sqrt(D') (*inferred*: off, the equation has no scale).
-        center_channels: D' (*inferred* from the parameters of Table 3.5).
-        affinity_channels: Width of a and b (*inferred*, likewise).
+        projections: The association's projections as in mmseg's object attention: two convolutions of each context, one of
+            the centres, one back, one of that beside F (*inferred* from both numbers of Table 3.5).
+        association_scale: Divide the association's logits by the root of their width (*inferred*: as OCR does, the equation
+            has no scale).
+        center_channels: D', also of the projections; 0 is 7/8 of D: 448 of 512 (*inferred* from Table 3.5).
+        affinity_channels: Width of a and b; 0 is 1/8 of D: 64 of 512 (*inferred*, likewise).
         fusion_norm: Batch norm and ReLU after the last 1x1 convolution (*inferred*: without them it and the classifier
             would be one linear map).
+        fusion_residual: F is added before that ReLU, and the batch norm's weight starts at 0, so that training starts with
+            the host itself (*inferred*, by measurement).
     """
 
     center: bool = True
@@ -74,12 +86,17 @@ class CAAConfig:
     inter: bool = True
     aux_weight: float = 0.4
     affinity_weight: float = 1.0
+    affinity_rows: bool = False
+    affinity_detached: bool = True
     center_softmax: Literal["positions", "classes"] = "positions"
+    center_mass: bool = True
     row_normalise: bool = True
-    association_scale: bool = False
-    center_channels: int = 2048
-    affinity_channels: int = 128
+    projections: bool = True
+    association_scale: bool = True
+    center_channels: int = 0
+    affinity_channels: int = 0
     fusion_norm: bool = True
+    fusion_residual: bool = True
 
     def __post_init__(self) -> None:
         if not self.center and not self.affinity:
@@ -88,10 +105,11 @@ class CAAConfig:
             raise UsageError("CAA's affinity has neither intra nor inter: switch one on, or set affinity to False.")
         if self.center_softmax not in ("positions", "classes"):
             raise UsageError(f"center_softmax {self.center_softmax!r}: give 'positions' or 'classes'.")
-        least = {"center_channels": 1, "affinity_channels": 1, "aux_weight": 0, "affinity_weight": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UsageError(f"{name} {getattr(self, name)}: give at least {bound}.")
+        if self.fusion_residual and not self.fusion_norm:
+            raise UsageError("fusion_residual starts with a batch norm of weight 0: leave fusion_norm on, or both off.")
+        for name in ("center_channels", "affinity_channels", "aux_weight", "affinity_weight"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} {getattr(self, name)}: give at least 0.")
 
     @classmethod
     def of(cls, **switches: Any) -> CAAConfig:
@@ -123,6 +141,43 @@ class CAAOutput(NamedTuple):
     extra: Any = None
 
 
+Norm = Callable[[int], nn.Module]
+
+
+def _conv(channels: int, width: int, norm: Norm) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), norm(width), nn.ReLU(inplace=True))
+
+
+class Association(nn.Module):
+    """A context as a mixture of class centres, with the projections of mmseg's object attention.
+
+    Args:
+        width: D'.
+        channels: D of the host.
+        norm: Makes a batch norm for a number of channels.
+        scale: See :class:`CAAConfig`.
+    """
+
+    def __init__(self, width: int, channels: int, norm: Norm, scale: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.query = nn.Sequential(_conv(width, width, norm), _conv(width, width, norm))
+        self.key = _conv(width, width, norm)
+        self.out = _conv(width, width, norm)
+        self.bottleneck = _conv(width + channels, width, norm)
+
+    def forward(self, context: Tensor, centers: Tensor, mass: Tensor | None, features: Tensor) -> Tensor:
+        """(B, D', h, w) of a context (B, D', h, w), centres (B, K, D'), the classes' shares and F (B, D, h, w)."""
+        query = self.query(context)
+        keys = self.key(centers.to(query.dtype).transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+        with full_precision(features.device.type):
+            rows = query.float().flatten(2).transpose(1, 2)
+            mixed = associate(rows, centers, self.scale, keys=keys.float(), mass=mass)
+        mixed = mixed.transpose(1, 2).unflatten(2, features.shape[2:]).to(features.dtype)
+        found: Tensor = self.bottleneck(torch.cat([self.out(mixed), features], dim=1))
+        return found
+
+
 class CAA(nn.Module):
     """The add-on: features and coarse logits of a host to features of the same width.
 
@@ -132,18 +187,24 @@ class CAA(nn.Module):
         norm: Makes a batch norm for a number of channels.
     """
 
-    def __init__(self, channels: int, config: CAAConfig, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(self, channels: int, config: CAAConfig, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         self.config = config
-        width = config.center_channels
-        self.transform = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), norm(width), nn.ReLU(inplace=True))
+        width = config.center_channels or max(1, channels * 7 // 8)
+        self.transform = _conv(channels, width, norm)
         if config.affinity:
-            self.query = nn.Conv2d(channels, config.affinity_channels, 1)
-            self.key = nn.Conv2d(channels, config.affinity_channels, 1)
-        contexts = config.intra + config.inter if config.affinity else 1
-        fused = nn.Conv2d(channels + contexts * width, channels, 1, bias=not config.fusion_norm)
-        after = [norm(channels), nn.ReLU(inplace=True)] if config.fusion_norm else []
-        self.fusion = nn.Sequential(fused, *after)
+            narrow = config.affinity_channels or max(1, channels // 8)
+            self.query = nn.Conv2d(channels, narrow, 1)
+            self.key = nn.Conv2d(channels, narrow, 1)
+        names = [name for name in ("intra", "inter") if getattr(config, name)] if config.affinity else ["own"]
+        self.associations = nn.ModuleDict()
+        if config.center and config.projections:
+            parts = {name: Association(width, channels, norm, config.association_scale) for name in names}
+            self.associations.update(parts)
+        fused = nn.Conv2d(channels + len(names) * width, channels, 1, bias=not config.fusion_norm)
+        self.fusion = nn.Sequential(fused, *([norm(channels)] if config.fusion_norm else []))
+        if config.fusion_residual:
+            nn.init.zeros_(self.fusion[1].weight)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, coarse: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Features for the classifier (B, D, h, w), and the rows and columns whose product is the affinity's logits.
@@ -152,27 +213,39 @@ class CAA(nn.Module):
             features: F, (B, D, h, w).
             coarse: The host's logits (B, K, h, w); only the class centre uses them.
         """
-        grid = features.shape[2:]
+        config, grid = self.config, features.shape[2:]
         rows = self.transform(features)
-        if self.config.affinity:
-            query, key = self.query(features), self.key(features)
+        if config.affinity:
+            read = features.detach() if config.affinity_detached else features
+            query, key = self.query(read), self.key(read)
         # Sums over thousands of positions and their difference: half precision would overflow, or leave only rounding.
         with full_precision(features.device.type):
             rows = rows.float().flatten(2).transpose(1, 2)  # (B, N, D')
-            centers = None
-            if self.config.center:
+            centers = mass = None
+            if config.center:
                 assert coarse is not None  # the head makes them
-                centers = class_centers(coarse.float().flatten(2), rows, self.config.center_softmax)
-            factors, contexts = None, [rows]
-            if self.config.affinity:
+                logits = coarse.float().flatten(2)
+                centers = class_centers(logits, rows, config.center_softmax)
+                mass = class_mass(logits) if config.center_mass else None
+            factors, contexts = None, {"own": rows}
+            if config.affinity:
                 factors = query.float().flatten(2).transpose(1, 2), key.float().flatten(2)
-                both = intra_and_inter(*factors, rows, self.config.row_normalise, MAP_ENTRIES)
-                wanted = (self.config.intra, self.config.inter)
-                contexts = [part for part, asked in zip(both, wanted, strict=True) if asked]
-            if centers is not None:
-                contexts = [associate(context, centers, self.config.association_scale) for context in contexts]
-            maps = [context.transpose(1, 2).unflatten(2, grid).to(features.dtype) for context in contexts]
-        return self.fusion(torch.cat([features, *maps], dim=1)), factors
+                both = intra_and_inter(*factors, rows, config.row_normalise, MAP_ENTRIES)
+                contexts = {
+                    name: part for name, part in zip(("intra", "inter"), both, strict=True) if getattr(config, name)
+                }
+            if centers is not None and not config.projections:
+                contexts = {
+                    name: associate(part, centers, config.association_scale, mass=mass)
+                    for name, part in contexts.items()
+                }
+        maps = {name: part.transpose(1, 2).unflatten(2, grid).to(features.dtype) for name, part in contexts.items()}
+        if centers is not None and config.projections:
+            maps = {name: self.associations[name](part, centers, mass, features) for name, part in maps.items()}
+        fused = self.fusion(torch.cat([features, *maps.values()], dim=1))
+        if config.fusion_residual:
+            fused = features + fused
+        return fused.relu() if config.fusion_norm else fused, factors
 
 
 @lru_cache(maxsize=1)
@@ -232,6 +305,11 @@ def register() -> type[nn.Module]:
             seg_logits = self.cls_seg(final)
             return CAAOutput(seg_logits, coarse, affinity, extra) if self.training else seg_logits
 
+        def coarse_logits(self, inputs: Any) -> Tensor:
+            """Logits (B, K, h, w) of the coarse classifier alone."""
+            found: Tensor = base.cls_seg(self.host, hosts.features(self.host, inputs)[0])
+            return found
+
         def loss_by_feat(self, seg_logits: CAAOutput, batch_data_samples: Any) -> dict[str, Tensor]:
             """Losses by name: ``loss_ce``, ``coarse.loss_ce``, ``loss_affinity``, and the accuracies ``acc_seg``."""
             losses: dict[str, Tensor] = super().loss_by_feat(seg_logits.seg_logits, batch_data_samples)
@@ -244,7 +322,7 @@ def register() -> type[nn.Module]:
                 labels = self._stack_batch_gt(batch_data_samples)[:, 0]
                 height, width = seg_logits.seg_logits.shape[2:]
                 small = labels_on_grid(labels, (height, width))
-                loss = affinity_loss(*seg_logits.affinity, small, self.ignore_index)
+                loss = affinity_loss(*seg_logits.affinity, small, self.ignore_index, rows_too=self.config.affinity_rows)
                 losses["loss_affinity"] = self.config.affinity_weight * loss
             return losses
 

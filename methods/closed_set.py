@@ -228,7 +228,13 @@ class CAAMethod(Host):
     """A host with class-aware affinity (thesis ch. 3)."""
 
     Config: ClassVar[type[Any]] = CAAHostConfig
-    TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {"channels": 64, "center_channels": 128, "affinity_channels": 32}
+    BEFORE: ClassVar[dict[str, Any]] = {
+        "affinity_rows": False,
+        "affinity_detached": False,
+        "center_mass": False,
+        "projections": False,
+        "fusion_residual": False,
+    }
 
     def around(self, host: dict[str, Any], training: bool, class_frequencies: Sequence[int] | None) -> dict[str, Any]:
         """``CAAHead`` around the host, all switches written out."""
@@ -240,7 +246,16 @@ class ECACMethod(Host):
     """A host with the extended context-aware classifier (thesis ch. 4)."""
 
     Config: ClassVar[type[Any]] = ECACHostConfig
-    TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {"channels": 64, "hidden": 96}
+    TRIAL_OPTIONS: ClassVar[dict[str, Any]] = {"channels": 64, "memory_loss_start": 100, "iv_start": 100}
+    BEFORE: ClassVar[dict[str, Any]] = {
+        "coarse_conv": False,
+        "coarse_weight": 0.0,
+        "kl_hard": 0.0,
+        "cosine_scale": 0.0,
+        "teacher_centres": "image",
+        "absent_centre": "zero",
+        "iv_start": 0,
+    }
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = _ECAC
 
     def around(self, host: dict[str, Any], training: bool, class_frequencies: Sequence[int] | None) -> dict[str, Any]:
@@ -320,7 +335,9 @@ def _auxiliary_head(in_channels: int, channels: int, num_classes: int) -> dict[s
 
 
 def build_head(name: str, num_classes: int = hosts.NUM_CLASSES, arch: str | None = None, **options: Any) -> nn.Module:
-    """A method's decode head with random weights, for evaluation; takes the list C1 .. C4 of feature maps.
+    """A method's decode head with random weights, in evaluation mode; takes the list C1 .. C4 of feature maps.
+
+    ECAC's teacher is there, though no evaluation runs it: the thesis' parameter counts have it.
 
     Args:
         name: Method id.
@@ -336,7 +353,7 @@ def build_head(name: str, num_classes: int = hosts.NUM_CLASSES, arch: str | None
         raise unknown_name("decode head", name, METHODS)
     cls: type[Host] = globals()[METHODS[name]["cls"]]
     method = cls(name, cls.configure(options))
-    config = method.head_config(arch or method.DEFAULT_ARCH, num_classes)
+    config = method.head_config(arch or method.DEFAULT_ARCH, num_classes, training=True)
     models = import_mmseg().registry.MODELS
     register()
     head: nn.Module = models.build(config)

@@ -1,22 +1,21 @@
 """ECAC, the extended context-aware classifier: an add-on to any closed-set decode head (thesis ch. 4).
 
-A host's 1x1 classifier is kept as the coarse classifier. Around the features F (B, d, h, w) in front of it:
+A host's 1x1 classifier, behind a convolution of its own, is the coarse classifier. Around the features F (B, d, h, w):
 
 * memory M (K, d): momentum means of F under the ground truth, for the classes of a batch only;
 * student: C_s = means of F weighted by the coarse softmax, S = xi_s(C_s (+) M), logits S F; all that inference needs;
 * teacher, in training only: C_t = means of F under the ground truth, T = xi_t(C_t (+) M), logits T F;
 * calibration of both: gamma_c O + delta_c;
-* total loss: rce_S + rce_T + L_M + alpha KL (Eq. 4.12) + beta L_iv. KL and L_iv do not reach the teacher.
+* total loss: rce_S + rce_T + rce_coarse + L_M + alpha KL (Eq. 4.12) + beta L_iv. KL and L_iv do not reach the teacher.
 
-(+) joins channels, xi is two linear layers 2d -> d' -> d. Where the thesis is silent, the choice is marked *inferred*. Also
-inferred: centres are per image, a class that is absent has a zero centre, the host's dropout acts on the features that are
-classified and not on those that are averaged, and the memory is updated after the losses of its batch.
+(+) joins channels, xi is two linear layers 2d -> d' -> d. The thesis leaves much open. It comes from CAC (tianzhuotao/CAC) and
+shares its toolbox with MCIBI, and a public fork of that toolbox has the two put together: MCIBI's memory, updated by masked means,
+in the place of CAC's fixed classifier, MCIBI's two-layer coarse classifier, CAC's projectors, and L_iv times 50 (there computed
+and logged, but not added to the loss). What it and CAC do settles what the thesis does not say.
 
-Beside Table 4.6: +1.034 M parameters (published +1.02 to +1.05) and +.784 GMACs: C_s and the logits are a product of
-150 x 4096 x 512 each, xi is 150 x 1536 x 672. Published are +1.13 (PSPNet), +1.25 (DeepLabV3+) and +1.45 (FCN), although
-what is added is the same on each, so no reading meets all. PSPNet's +1.05 M and +1.13 G are those of a 1x1 convolution
-512 -> 512 of F with two xi of d' = 256, of which one runs, when convolutions and linear layers alone are counted; the
-equations have no such convolution, and it is not here.
+Beside Table 4.6: that layout has +1.0511 M parameters, both projectors counted as the table does (PSPNet's printed +1.05, FCN's
++1.03, DeepLabV3+'s +1.02), and +1.133 GMACs of convolutions and linear layers (PSPNet's +1.13; with S F counted as the
+convolution that it is in that code, 1.447: FCN's +1.45). Without the teacher, which evaluation does not need, +.657 M.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 
 from ovbench.errors import UsageError, unknown_name
 from ovbench.methods import hosts  # type: ignore[import-not-found]
+from ovbench.methods.norms import norm_layer  # type: ignore[import-not-found]
 from ovbench.ops.class_context import (
     EPS,
     class_centres,
@@ -49,8 +49,9 @@ from ovbench.ops.class_context import (
 Reduce = Callable[[Tensor], Tensor]
 
 
-# Looked at for what is inferred: thesis ch. 4 (equations, Tables 4.2 to 4.6), the public CAC (tianzhuotao/CAC), from
-# which it comes, mmseg's recipes of the hosts; no public code of the method was found.
+# Looked at for what is inferred: thesis ch. 4 (equations, Tables 4.2 to 4.6), CAC (tianzhuotao/CAC, mmseg/models/decode_heads),
+# MCIBI (SegmentationBLWX/sssegmentation) and the fork of it that the module names, mmseg's recipes of the hosts. Measured:
+# docs/closed-set.md.
 @dataclass(frozen=True)
 class ECACConfig:
     """Switches of ECAC; the rows of thesis Tables 4.2 to 4.5 are settings of these.
@@ -58,39 +59,65 @@ class ECACConfig:
     Attributes:
         ecac: False leaves the host's own classifier and one cross-entropy (Table 4.2, first two rows).
         reweight: Cross-entropy weighted by class frequency (Table 4.2).
+        coarse_conv: A 1x1 convolution d -> d with norm and ReLU in front of the coarse classifier, as in MCIBI (it completes
+            the parameters and MACs of Table 4.6).
+        coarse_weight: Weight of the coarse classifier's cross-entropy; CAC has 1, MCIBI .4 (*inferred*: Eq. 4.20 sums over
+            pixels against the label map, no weight is printed).
         memory_loss: L_M (Table 4.2).
         kl_weight: alpha (Tables 4.2, 4.3); 0 is off.
+        kl_hard: Share of the label itself in KL's target; CAC has .5 (*inferred*: Eq. 4.12 has the teacher alone).
         iv_weight: beta, of the intra-class variance loss (Tables 4.2, 4.3); 0 is off.
-        memory_update: Masked class mean, or pixels weighted by 1 - cosine to the memory row (Table 4.4). What the thesis'
-            cosine update weighs by is *inferred*.
+        memory_update: Masked class mean, or pixels weighted by 1 - cosine to the memory row, as MCIBI does (Table 4.4).
         calibration: gamma_c, delta_c (Table 4.5).
-        hidden: d', *inferred* from the +1.03 M parameters of Table 4.6 at d = 512.
-        activation: Between xi's two layers, *inferred*: none is named.
-        momentum: mu, *inferred*: no value is printed.
+        cosine_scale: Student and teacher classify by cosines times this, 15 in CAC and the fork; 0 by products, as the
+            equations have it.
+        teacher_centres: C_t of the classes in the whole batch, as in CAC, or in each image.
+        absent_centre: What C_t is of a class that is not there: its row of the memory (the fork), of the coarse classifier
+            (CAC), or zero.
+        hidden: d'; 0 is half of d, as in CAC.
+        activation: Between xi's two layers; CAC has ReLU.
+        momentum: mu, *inferred*: no value is printed (MCIBI's configs: .1 or .9, falling with the learning rate).
         rho: Exponent of the class weights, *inferred*: no value is printed.
         memory_loss_start: Iterations before L_M sets in.
+        iv_start: Iterations before L_iv sets in (*inferred*, by measurement: at the start a class's logits hardly differ,
+            their cosines are noise, and 50 times it explodes).
     """
 
     ecac: bool = True
     reweight: bool = True
+    coarse_conv: bool = True
+    coarse_weight: float = 1.0
     memory_loss: bool = True
     kl_weight: float = 1.0
+    kl_hard: float = 0.0
     iv_weight: float = 50.0
     memory_update: Literal["masked", "cosine"] = "masked"
     calibration: bool = True
-    hidden: int = 672
+    cosine_scale: float = 0.0
+    teacher_centres: Literal["batch", "image"] = "batch"
+    absent_centre: Literal["memory", "classifier", "zero"] = "memory"
+    hidden: int = 0
     activation: Literal["relu", "none"] = "relu"
     momentum: float = 0.1
     rho: float = 0.5
     memory_loss_start: int = 1000
+    iv_start: int = 1000
 
     def __post_init__(self) -> None:
-        if self.memory_update not in ("masked", "cosine"):
-            raise unknown_name("memory update", self.memory_update, ("masked", "cosine"))
-        if self.activation not in ("relu", "none"):
-            raise unknown_name("activation", self.activation, ("relu", "none"))
-        if not 0 < self.momentum <= 1 or self.hidden < 1 or self.kl_weight < 0 or self.iv_weight < 0:
-            raise UsageError("ECAC: momentum must be in (0, 1], hidden at least 1, kl_weight and iv_weight at least 0.")
+        choices = {
+            "memory_update": ("masked", "cosine"), "activation": ("relu", "none"), "teacher_centres": ("batch", "image"),
+            "absent_centre": ("memory", "classifier", "zero"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name.replace("_", " "), getattr(self, name), known)
+        if not 0 < self.momentum <= 1:
+            raise UsageError(f"ECAC: momentum {self.momentum}: give more than 0 and at most 1.")
+        if not 0 <= self.kl_hard <= 1:
+            raise UsageError(f"ECAC: kl_hard {self.kl_hard}: give a share in 0 to 1.")
+        for name in ("hidden", "kl_weight", "iv_weight", "coarse_weight", "cosine_scale"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"ECAC: {name} {getattr(self, name)}: give at least 0.")
 
 
 def all_reduce(value: Tensor) -> Tensor:
@@ -134,14 +161,16 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, num_classes: int, config: ECACConfig) -> None:
         super().__init__()
         between = nn.ReLU(inplace=True) if config.activation == "relu" else nn.Identity()
-        self.xi = nn.Sequential(nn.Linear(2 * channels, config.hidden), between, nn.Linear(config.hidden, channels))
+        hidden = config.hidden or max(1, channels // 2)
+        self.xi = nn.Sequential(nn.Linear(2 * channels, hidden), between, nn.Linear(hidden, channels))
         self.gamma = nn.Parameter(torch.ones(num_classes)) if config.calibration else None
         self.delta = nn.Parameter(torch.zeros(num_classes)) if config.calibration else None
+        self.cosine_scale = config.cosine_scale
 
     def forward(self, centres: Tensor, memory: Tensor, features: Tensor) -> Tensor:
         """Logits (B, K, h, w) from centres (B, K, d), memory (K, d) and features (B, d, h, w)."""
         joined = torch.cat([centres, memory.to(centres.dtype).expand_as(centres)], dim=2)
-        logits = classify(self.xi(joined), features)
+        logits = classify(self.xi(joined), features, self.cosine_scale)
         if self.gamma is None or self.delta is None:
             return logits
         return self.gamma[:, None, None] * logits + self.delta[:, None, None]
@@ -194,6 +223,8 @@ def register() -> type[nn.Module]:
             self.host = built
             self.config = config
             classes, width = built.num_classes, built.channels
+            conv = [nn.Conv2d(width, width, 1, bias=False), norm_layer(built.norm_cfg)(width), nn.ReLU(inplace=True)]
+            self.coarse_conv = nn.Sequential(*(conv if config.ecac and config.coarse_conv else []))
             self.student = Classifier(width, classes, config) if config.ecac else None
             self.teacher = Classifier(width, classes, config) if config.ecac and teacher else None
             self.register_buffer("memory", torch.zeros(classes, width))
@@ -205,17 +236,38 @@ def register() -> type[nn.Module]:
         def forward(self, inputs: Sequence[Tensor]) -> Tensor:
             """Logits (B, K, h, w) of the student, in training as in evaluation."""
             features, _ = hosts.features(self.host, inputs)
-            return self._student(features, *self._coarse(features))
+            return self._student(features, self._coarse(features))
 
-        def _coarse(self, features: Tensor) -> tuple[Tensor, Tensor]:
-            classified = features if self.host.dropout is None else self.host.dropout(features)
-            return classified, self.host.conv_seg(classified)
+        def coarse_logits(self, inputs: Sequence[Tensor]) -> Tensor:
+            """Logits (B, K, h, w) of the coarse classifier alone."""
+            return self._coarse(hosts.features(self.host, inputs)[0])
 
-        def _student(self, features: Tensor, classified: Tensor, coarse: Tensor) -> Tensor:
+        def _coarse(self, features: Tensor) -> Tensor:
+            read = self.coarse_conv(features)
+            found: Tensor = self.host.conv_seg(read if self.host.dropout is None else self.host.dropout(read))
+            return found
+
+        def _student(self, features: Tensor, coarse: Tensor) -> Tensor:
             if self.student is None:
                 return coarse
-            centres = soft_centres(features, coarse)
-            return self.student(centres, self.memory, classified)  # type: ignore[no-any-return]
+            return self.student(soft_centres(features, coarse), self.memory, features)  # type: ignore[no-any-return]
+
+        def _teachers_logits(self, features: Tensor, labels: Tensor) -> Tensor:
+            """Logits (B, K, h, w) of features under centres by labels (B, h, w)."""
+            whole = self.config.teacher_centres == "batch"
+            # The images of a batch below each other are one image.
+            pixels = features.transpose(0, 1).flatten(1, 2)[None] if whole else features
+            centres, present = class_centres(pixels, labels.flatten(0, 1)[None] if whole else labels, self.num_classes)
+            fallback = {
+                "memory": self.memory,
+                "classifier": self.host.conv_seg.weight.detach().flatten(1),
+                "zero": None,
+            }
+            row = fallback[self.config.absent_centre]
+            if row is not None:
+                centres = torch.where(present[..., None], centres, row.to(centres.dtype))
+            centres = centres.to(features.dtype).expand(len(features), -1, -1)
+            return self.teacher(centres, self.memory, features)  # type: ignore[no-any-return]
 
         def loss(self, inputs: Sequence[Tensor], batch_data_samples: Any, train_cfg: Any = None) -> dict[str, Tensor]:
             """Losses by name; in training mode the memory then takes in the batch."""
@@ -238,21 +290,23 @@ def register() -> type[nn.Module]:
             labels = torch.where(labels == self.ignore_index, -1, labels.long())
             weights = self.weights if config.reweight else None
             small = F.interpolate(labels[:, None].float(), size=features.shape[2:], mode="nearest")[:, 0].long()
-            classified, coarse = self._coarse(features)
-            student = self._student(features, classified, coarse)
+            coarse = self._coarse(features)
+            student = self._student(features, coarse)
             found = {"loss_rce_student": cross_entropy(self._enlarged(student, labels), labels, weights)}
             if self.teacher is None:
                 return found
-            centres = class_centres(features, small, self.num_classes).to(features.dtype)
-            teacher = self.teacher(centres, self.memory, classified)
+            teacher = self._teachers_logits(features, small)
             found["loss_rce_teacher"] = cross_entropy(self._enlarged(teacher, labels), labels, weights)
+            if config.coarse_weight:
+                own = cross_entropy(self._enlarged(coarse, labels), labels, weights)
+                found["loss_rce_coarse"] = config.coarse_weight * own
             if config.kl_weight:
-                found["loss_kl"] = config.kl_weight * kl_loss(student, teacher, small)
+                found["loss_kl"] = config.kl_weight * kl_loss(student, teacher, small, config.kl_hard)
+            # Before one of these sets in it is 0 with a gradient of 0, so that distributed training finds no unused part.
             if config.iv_weight:
-                found["loss_iv"] = config.iv_weight * iv_loss(student, teacher, small)
+                found["loss_iv"] = config.iv_weight * iv_loss(student, teacher, small) * (self.steps >= config.iv_start)
             if config.memory_loss:
-                rows = self.host.conv_seg(self.memory.clone()[:, :, None, None])[:, :, 0, 0]
-                # Before it sets in it is 0 with a gradient of 0, so that distributed training finds no unused part.
+                rows = self.host.conv_seg(self._of_rows(self.memory.clone()))[:, :, 0, 0]
                 found["loss_memory"] = memory_loss(rows, self.seen) * (self.steps >= config.memory_loss_start)
             if self.training:
                 memory, seen = updated_memory(self.memory, self.seen, features.detach(), small, config)
@@ -260,6 +314,15 @@ def register() -> type[nn.Module]:
                 self.seen.copy_(seen)
                 self.steps += 1
             return found
+
+        def _of_rows(self, rows: Tensor) -> Tensor:
+            """What the coarse classifier reads of rows (K, d), as (K, d, 1, 1); its norm as in evaluation, these are no pixels."""
+            training = self.coarse_conv.training
+            try:
+                read: Tensor = self.coarse_conv.eval()(rows[:, :, None, None])
+            finally:
+                self.coarse_conv.train(training)
+            return read
 
         def _enlarged(self, logits: Tensor, labels: Tensor) -> Tensor:
             return F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=self.align_corners)

@@ -77,16 +77,17 @@ def seen_and_unseen(trained_on: str, root: Path, other: str, wording: str) -> tu
     return seen, {name for name, words in named if name not in seen and words[0].strip() not in same}
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean over seeds, with the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+def mean_and_spread(values: Sequence[float | None]) -> str:
+    """Mean over seeds, with the standard deviation where there are several; a dash where there is no figure."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{spread}"
 
 
-def report(
-    a: argparse.Namespace, rows: list[Row], columns: Sequence[str], logs: Mapping[str, Path], more: Iterable[str] = ()
-) -> None:
-    """Writes ``learning.csv`` (every figure), ``learning.md`` (means over seeds) and ``losses.png``.
+def figures_table(a: argparse.Namespace, rows: list[Row], columns: Sequence[str], more: Iterable[str] = ()) -> None:
+    """Writes ``learning.csv`` (every figure) and ``learning.md`` (means over seeds), and prints it.
 
     Seconds per iteration, where the rows have them, are given as their median.
     """
@@ -102,5 +103,12 @@ def report(
         body.append([*cells, *([statistics.median(row["seconds_per_iteration"] for row in own)] if timed else [])])
     lines = [*markdown(["row", *columns, "seeds", *(["s/iteration"] if timed else [])], body), *more]
     write(lines, a.out / "learning.md")
-    plot_losses(logs, a.out / "losses.png", f"{a.iters} iterations on generated scenes, seed {a.seeds[0]}")
     print("\n".join(lines))
+
+
+def report(
+    a: argparse.Namespace, rows: list[Row], columns: Sequence[str], logs: Mapping[str, Path], more: Iterable[str] = ()
+) -> None:
+    """Both of :func:`figures_table` and ``losses.png``."""
+    figures_table(a, rows, columns, more)
+    plot_losses(logs, a.out / "losses.png", f"{a.iters} iterations on generated scenes, seed {a.seeds[0]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import itertools
+import math
 import pickle
 import weakref
 
@@ -32,8 +33,13 @@ ABLATIONS = {
     "aff": {"aux_weight": 0.0},
     "softmax over classes": {"center_softmax": "classes"},
     "rows not normalised": {"row_normalise": False},
-    "association scaled": {"association_scale": True},
-    "fusion without norm": {"fusion_norm": False},
+    "association not scaled": {"association_scale": False},
+    "association as in the equation": {"projections": False, "association_scale": False, "center_mass": False},
+    "centres of all classes": {"center_mass": False},
+    "affinity reaches F": {"affinity_detached": False},
+    "CPNet's loss": {"affinity_rows": True},
+    "fusion instead of F": {"fusion_residual": False},
+    "fusion without norm": {"fusion_norm": False, "fusion_residual": False},
 }
 
 
@@ -45,7 +51,15 @@ def _head(name: str = "fcn", **switches):
     caa.register()
     from ovbench.mm.compat import import_mmseg
 
-    return import_mmseg().registry.MODELS.build(caa.head_config(host, **{**SMALL, **switches}))
+    return _begun(import_mmseg().registry.MODELS.build(caa.head_config(host, **{**SMALL, **switches})))
+
+
+def _begun(module):
+    """A head or add-on whose contexts count, as they do after the first steps."""
+    addon = getattr(module, "caa", module)
+    if addon.config.fusion_residual:
+        torch.nn.init.normal_(addon.fusion[1].weight)
+    return module
 
 
 def _inputs(grid=(6, 7), batch=2):
@@ -194,12 +208,70 @@ def test_every_ablation(switches):
     assert all(value.grad is not None and bool(value.grad.isfinite().all()) for value in head.parameters())
 
 
+def test_training_starts_with_the_host():
+    """Before its first step the add-on passes F through, and the loss moves what lets the contexts in."""
+    torch.manual_seed(0)
+    addon, features = CAA(8, CAAConfig.of(**SMALL)).train(), torch.randn(2, 8, 5, 7).relu()
+    found = addon(features, torch.randn(2, 4, 5, 7))[0]
+    assert torch.equal(found, features)
+    found.square().mean().backward()
+    assert bool(addon.fusion[1].weight.grad.any())
+
+
+def test_association_against_a_loop():
+    """Projected positions against projected centres, weighed by the classes' shares; the centres themselves are mixed."""
+    generator = torch.Generator().manual_seed(4)
+    rows, keys, centers = (torch.randn(2, n, c, generator=generator) for n, c in ((6, 3), (4, 3), (4, 5)))
+    mass = torch.rand(2, 4, generator=generator)
+    mass[:, 2] = 0
+    found = affinity.associate(rows, centers, True, keys=keys, mass=mass)
+    for b in range(2):
+        for n in range(6):
+            parts = torch.stack([(mass[b, k] * torch.exp(rows[b, n] @ keys[b, k] / 3**0.5)) for k in range(4)])
+            assert float(parts[2]) == 0
+            torch.testing.assert_close(found[b, n], (parts / parts.sum()) @ centers[b])
+    other = centers.clone()
+    other[:, 2] = 1e3  # a class that is nowhere
+    torch.testing.assert_close(affinity.associate(rows, other, True, keys=keys, mass=mass), found)
+
+
+def test_shares_of_the_classes():
+    coarse = torch.randn(2, 4, 6)
+    expected = torch.stack([coarse[b, :, n].softmax(0) for b in range(2) for n in range(6)]).view(2, 6, 4).mean(1)
+    torch.testing.assert_close(affinity.class_mass(coarse), expected)
+
+
+@pytest.mark.parametrize("entries", [30, 10**9])
+def test_terms_of_rows_against_a_loop(entries):
+    generator = torch.Generator().manual_seed(5)
+    logits, labels = torch.randn(2, 6, 6, generator=generator), torch.tensor([[0, 0, 1, 255, 1, 2], [3] * 6])
+    chance, terms, rows = logits.sigmoid(), 0.0, 0
+    for b in range(2):
+        known = [n for n in range(6) if labels[b, n] != 255]
+        for i in known:
+            own = [j for j in known if labels[b, i] == labels[b, j]]
+            rest = [j for j in known if j not in own]
+            hits = sum(float(chance[b, i, j]) for j in own)
+            terms -= math.log(hits / sum(float(chance[b, i, j]) for j in known)) + math.log(hits / len(own))
+            terms -= math.log(sum(1 - float(chance[b, i, j]) for j in rest) / len(rest)) if rest else 0
+            rows += 1
+    plain = affinity_loss(*_factors(logits), labels)
+    found = affinity_loss(*_factors(logits), labels, entries=entries, rows_too=True)
+    assert float(found - plain) == pytest.approx(terms / rows, rel=1e-4)
+
+
 def test_the_losses_add_to_the_gradient_of_their_parts():
-    """The affinity loss alone reaches the host through a and b; CE(coarse) reaches the coarse classifier."""
-    head = _head().train()
+    """The affinity loss alone reaches a and b, and the host where they may; CE(coarse) reaches the coarse classifier."""
+    detached = _head().train()
+    losses = detached.loss_by_feat(detached(_inputs()), _samples(torch.randint(0, 5, (2, 6, 7))))
+    wanted = [detached.caa.query.weight, detached.host.convs[0].conv.weight]
+    got = torch.autograd.grad(losses["loss_affinity"], wanted, allow_unused=True)
+    assert bool(got[0].any()) and got[1] is None
+    head = _head(affinity_detached=False).train()
     losses = head.loss_by_feat(head(_inputs()), _samples(torch.randint(0, 5, (2, 6, 7))))
     host = head.host.convs[0].conv.weight
-    got = torch.autograd.grad(losses["loss_affinity"], [host, head.caa.query.weight], retain_graph=True)
+    both = [host, head.caa.query.weight]
+    got = torch.autograd.grad(losses["loss_affinity"], both, retain_graph=True)
     assert all(bool(grad.any()) for grad in got)
     assert bool(torch.autograd.grad(losses["coarse.loss_ce"], head.host.conv_seg.weight, retain_graph=True)[0].any())
     assert torch.autograd.grad(losses["loss_affinity"], head.conv_seg.weight, allow_unused=True)[0] is None
@@ -255,7 +327,7 @@ def test_tiny_grids_are_finite(switches):
 
 def _addon(**switches) -> CAA:
     torch.manual_seed(0)
-    return CAA(8, CAAConfig.of(**{**SMALL, **switches})).eval()
+    return _begun(CAA(8, CAAConfig.of(**{**SMALL, **switches})).eval())
 
 
 @torch.no_grad()
@@ -344,8 +416,10 @@ def test_wrong_switches():
         CAAConfig(intra=False, inter=False)
     with pytest.raises(UsageError, match="positions"):
         CAAConfig.of(center_softmax="pixels")
-    with pytest.raises(UsageError, match="at least 1"):
-        CAAConfig(center_channels=0)
+    with pytest.raises(UsageError, match="at least 0"):
+        CAAConfig(center_channels=-1)
+    with pytest.raises(UsageError, match="leave fusion_norm on"):
+        CAAConfig(fusion_norm=False)
     with pytest.raises(UsageError, match="at least 0"):
         CAAConfig(aux_weight=-1.0)
     with pytest.raises(UsageError, match="caa-deeplabv3"):
@@ -387,13 +461,14 @@ def test_size_beside_the_thesis(shared, name):
         host, head = closed_set.build_head(name), closed_set.build_head(f"caa-{name}")
     params = (count_parameters(head).total - count_parameters(host).total) / 1e6
     thesis = published[f"{ROWS[name]}+CAA", "params"] - published[ROWS[name], "params"]
-    assert params == pytest.approx(thesis, rel=0.05)
-    assert params == pytest.approx(3.6, rel=0.05)
+    assert params == pytest.approx(thesis, rel=0.012) and params == pytest.approx(3.570, abs=0.001)
     modules = _gmacs(head, "modules") - _gmacs(host, "modules")
-    n, k, c, d, a = 64 * 64, 150, 512, 2048, 128
-    convolutions = n * (c * d + 2 * c * a + (c + 2 * d) * c + c * k) / 1e9
-    assert modules == pytest.approx(convolutions, rel=1e-9) and convolutions == pytest.approx(14.81, abs=0.005)
-    # Above Table 3.5, see the module: all of these parameters work at all positions.
-    assert modules > 1.1 * (published[f"{ROWS[name]}+CAA", "flops"] - published[ROWS[name], "flops"])
+    n, k, c, d, a = 64 * 64, 150, 512, 448, 64
+    on_pixels = c * d + 2 * c * a + 2 * (2 * d * d + d * d + (d + c) * d) + (c + 2 * d) * c + c * k
+    convolutions = (n * on_pixels + 2 * k * d * d) / 1e9
+    assert modules == pytest.approx(convolutions, rel=1e-9) and convolutions == pytest.approx(12.991, abs=0.0005)
+    if name != "uper":  # whose addition is less by what a classifier costs, see the module
+        thesis = published[f"{ROWS[name]}+CAA", "flops"] - published[ROWS[name], "flops"]
+        assert modules == pytest.approx(thesis, rel=0.01)
     products = n * n * (a + d) + k * n * d + 2 * 2 * n * k * d  # M, M F'; centres; two associations
     assert _gmacs(head, "torch") - _gmacs(host, "torch") == pytest.approx(modules + products / 1e9, rel=1e-4)

@@ -108,7 +108,8 @@ def test_old_specs_keep_their_hash():
 
 def about(**fields):
     given = {
-        "method": "caa-fcn", "method_options": {}, "arch": "tiny", "dataset": "ade20k", "class_names": NAMES,
+        "method": "caa-fcn", "method_options": configured_method("caa-fcn", {}).options(), "arch": "tiny",
+        "dataset": "ade20k", "class_names": NAMES,
         "training": "t", "spec_hash": "0", "iterations": 5, "planned": 10, **fields,
     }  # fmt: skip
     return trained_file.About(**given)

@@ -19,6 +19,7 @@ from ovbench.measure.profile.record import ProfileSpec
 from ovbench.measure.profile.subject import build_subject
 from ovbench.methods import closed_set, ecac, hosts, isnet, segnext
 from ovbench.mm.compat import import_mmseg
+from ovbench.models.trained_file import options_again
 from ovbench.registry import closed_set_class, method_info
 from ovbench.tables.method_defaults import changed_options
 from ovbench.train.recipe import Recipe
@@ -27,7 +28,7 @@ K = 6
 SMALL = {
     "": {"channels": 16},
     "caa": {"channels": 16, "center_channels": 12, "affinity_channels": 5},
-    "ecac": {"channels": 16, "hidden": 12, "memory_loss_start": 0},
+    "ecac": {"channels": 16, "hidden": 12, "memory_loss_start": 0, "iv_start": 0},
 }
 IDS = list(closed_set.METHODS)
 
@@ -96,12 +97,14 @@ def test_24_methods():
 @pytest.mark.parametrize("name", IDS)
 def test_training_reaches_every_parameter(name):
     network = _network(name, auxiliary_head=True)
+    if name.startswith("caa"):  # its contexts start at 0
+        torch.nn.init.ones_(network.decode_head.caa.fusion[1].weight)
     losses = _losses(network)
     expected = {"decode.loss_ce", "aux.loss_ce"}
     if name.startswith("caa"):
         expected |= {"decode.coarse.loss_ce", "decode.loss_affinity"}
     if name.startswith("ecac"):
-        own = {f"decode.loss_{each}" for each in ("rce_student", "rce_teacher", "kl", "iv", "memory")}
+        own = {f"decode.loss_{each}" for each in ("rce_student", "rce_teacher", "rce_coarse", "kl", "iv", "memory")}
         expected = {"aux.loss_ce"} | own
     if name.endswith("isnet"):
         expected |= {"decode.loss_semantic"}
@@ -170,7 +173,8 @@ def test_profile_of_a_head_with_options():
     subject = build_subject(spec)
     assert subject.forward_input == "C2 1x128x64x64, C3 1x320x32x32, C4 1x512x16x16"
     assert (subject.spec.arch, subject.spec.method_options["hidden"]) == ("mscan-b", 8)
-    assert subject.network.host.channels == 32 and subject.network.teacher is None
+    assert subject.network.host.channels == 32
+    assert subject.network.teacher is not None  # no forward runs it, but the thesis counts its parameters
     with pytest.raises(UsageError, match="kl_weight"):
         build_subject(spec.model_copy(update={"method_options": {"kl_wieght": "1"}}))
 
@@ -469,3 +473,26 @@ def test_plain_configs_of_mmseg(run_python, tmp_path):
 def test_importing_the_methods_loads_no_mmseg(run_python):
     code = "from ovbench.methods import closed_set; import sys; print({'mmseg', 'mmengine', 'mmcv'} & set(sys.modules))"
     assert run_python("-c", code).stdout.strip() == "set()"
+
+
+OF_0_1 = {  # options that a file of 0.1 tells, and what its head has
+    "caa-fcn": (
+        {"center": True, "association_scale": False, "center_channels": 12, "affinity_channels": 5, "fusion_norm": True},
+        {"transform", "query", "key", "fusion"},
+    ),
+    "ecac-fcn": ({"ecac": True, "hidden": 12, "memory_loss_start": 1000}, {"host", "student", "teacher", "memory", "seen", "steps"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_0_1)
+def test_files_of_0_1_keep_their_network(name):
+    """What came later is off in it, whatever the default is now."""
+    options, parts = OF_0_1[name]
+    again = options_again({**options, "channels": 16, "auxiliary_head": True}, closed_set_class(name))
+    head = _network(name, **again).decode_head
+    part = head.caa if name == "caa-fcn" else head
+    assert {key.split(".")[0] for key in part.state_dict()} == parts
+    losses = _losses(_network(name, **again))
+    assert "decode.loss_rce_coarse" not in losses
+    if name == "ecac-fcn":
+        assert float(losses["decode.loss_iv"]) > 0  # from the first iteration on

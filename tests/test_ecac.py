@@ -31,7 +31,7 @@ TABLE = {"fcn": "FCN", "psp": "PSPNet", "deeplabv3plus": "DeepLabV3+"}
 
 def _head(seed: int = 0, **switches):
     torch.manual_seed(seed)
-    given = {"class_frequencies": [50, 30, 10, 5, 5], "hidden": 12, **switches}
+    given = {"class_frequencies": [50, 30, 10, 5, 5], "hidden": 12, "iv_start": 0, **switches}
     return ecac.register()(host=dict(TINY), **given)
 
 
@@ -62,10 +62,11 @@ def _loop_mean(features, labels, number):
 
 def test_class_centres_against_a_loop():
     features, labels = _pixels()
-    found = class_context.class_centres(features, labels, K)
+    found, present = class_context.class_centres(features, labels, K)
     for image in range(2):
         for number in range(K):
             expected = _loop_mean(features[image], labels[image], number)
+            assert bool(present[image, number]) == (expected is not None)
             expected = torch.zeros(WIDTH) if expected is None else expected
             torch.testing.assert_close(found[image, number], expected)
 
@@ -174,7 +175,8 @@ def test_iv_against_a_loop():
 def test_no_gradient_of_kl_and_iv_reaches_the_teacher():
     head = _head()
     losses = _losses(head)
-    assert set(losses) == {"loss_rce_student", "loss_rce_teacher", "loss_kl", "loss_iv", "loss_memory"}
+    shared = {"loss_rce_student", "loss_rce_teacher", "loss_rce_coarse"}
+    assert set(losses) == {*shared, "loss_kl", "loss_iv", "loss_memory"}
     (losses["loss_kl"] + losses["loss_iv"]).backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in head.teacher.parameters())
     assert any(bool(parameter.grad.any()) for parameter in head.student.parameters())
@@ -255,7 +257,11 @@ def test_state_dict_keeps_the_memory():
 
 def test_switches_of_the_ablation_tables():
     off = _head(memory_loss=False, kl_weight=0.0, iv_weight=0.0, calibration=False)
-    assert set(_losses(off)) == {"loss_rce_student", "loss_rce_teacher"}
+    assert set(_losses(off)) == {"loss_rce_student", "loss_rce_teacher", "loss_rce_coarse"}
+    assert set(_losses(_head(memory_loss=False, kl_weight=0.0, iv_weight=0.0, coarse_weight=0.0))) == {
+        "loss_rce_student",
+        "loss_rce_teacher",
+    }
     assert off.student.gamma is None
     host = _head(ecac=False, reweight=False).eval()
     inputs, _ = _batch()
@@ -285,6 +291,9 @@ def test_errors():
         ecac.head_config(TINY, kl_wieght=1.0)
     with pytest.raises(UsageError, match="cosine"):
         ecac.head_config(TINY, memory_update="cosin")
+    for wrong in ({"momentum": 0.0}, {"kl_hard": 2.0}, {"cosine_scale": -1.0}, {"absent_centre": "mean"}):
+        with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", ".")):
+            ecac.head_config(TINY, **wrong)
     with pytest.raises(UsageError, match="5 numbers"):
         _head(class_frequencies=[1, 2])
     with pytest.raises(UsageError, match="class_frequencies"):
@@ -315,7 +324,12 @@ def costs():
 
 
 def test_parameters_within_5_percent_of_the_thesis(costs, shared):
-    assert {name: round(cost[0], 6) for name, cost in costs.items()} == dict.fromkeys(hosts.host_names(), 1.033676)
+    """Two projectors 2d -> d/2 -> d, calibrations of two networks, and the coarse classifier's convolution with its norm."""
+    width = 512
+    projector = 2 * width * width // 2 + width // 2 + width // 2 * width + width
+    expected = (2 * projector + 4 * 150 + width * width + 2 * width) / 1e6
+    assert {name: cost[0] for name, cost in costs.items()} == pytest.approx(dict.fromkeys(hosts.host_names(), expected))
+    assert expected == pytest.approx(1.0517, abs=1e-4)
     with (shared / "published" / "published.csv").open(encoding="utf-8") as file:
         rows = {row["row"]: row for row in csv.DictReader(file) if (row["table"], row["metric"]) == ("4.6", "params")}
     for name, row in TABLE.items():
@@ -325,11 +339,76 @@ def test_parameters_within_5_percent_of_the_thesis(costs, shared):
 
 
 def test_macs_by_hand(costs):
-    """C_s and S F are one product of 150 x 4096 x 512 each, xi is 150 x 1536 x 672; the coarse classifier is the host's."""
-    linear, product = 150 * 1536 * 672 / 1e9, 150 * 64 * 64 * 512 / 1e9
+    """The coarse classifier's convolution and one xi; C_s and S F are one product of 150 x 4096 x 512 each."""
+    modules, product = (64 * 64 * 512 * 512 + 150 * 1536 * 256) / 1e9, 150 * 64 * 64 * 512 / 1e9
+    assert modules == pytest.approx(1.13, abs=0.005)  # PSPNet's in Table 4.6
+    assert modules + product == pytest.approx(1.45, abs=0.005)  # FCN's, S F as a convolution
     for name in ("fcn", "psp", "deeplabv3plus"):
-        assert costs[name][1] == pytest.approx(linear + 2 * product, rel=1e-6)
-        assert costs[name][2] == pytest.approx(linear, rel=1e-6)
+        assert costs[name][1] == pytest.approx(modules + 2 * product, rel=1e-6)
+        assert costs[name][2] == pytest.approx(modules, rel=1e-6)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("absent", ["memory", "classifier", "zero"])
+def test_the_teachers_centres(batched, absent):
+    """Means of the whole batch or of each image; classes that are not there fall back on what is asked."""
+    head = _head(teacher_centres="batch" if batched else "image", absent_centre=absent)
+    features, labels = _pixels()
+    head.memory.normal_()
+    seen = []
+    head.teacher.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    head._teachers_logits(features, labels)
+    rows = {"memory": head.memory, "classifier": head.host.conv_seg.weight[:, :, 0, 0], "zero": torch.zeros(K, WIDTH)}
+    for image in range(2):
+        for number in range(K):
+            pixels = (features.transpose(0, 1).flatten(1, 2), labels.flatten(0, 1)) if batched else None
+            mean = _loop_mean(*(pixels or (features[image], labels[image])), number)
+            expected = rows[absent][number] if mean is None else mean
+            torch.testing.assert_close(seen[0][image, number], expected)
+
+
+def test_classification_by_cosines():
+    classifiers, features = torch.randn(2, K, WIDTH), torch.randn(2, WIDTH, 3, 2)
+    found = class_context.classify(classifiers, features, 15)
+    for b, k, y, x in ((0, 1, 2, 1), (1, 4, 0, 0)):
+        cosine = torch.nn.functional.cosine_similarity(classifiers[b, k], features[b, :, y, x], dim=0)
+        torch.testing.assert_close(found[b, k, y, x], 15 * cosine)
+
+
+def test_kl_with_the_label_in_its_target():
+    student, teacher, labels = torch.randn(1, K, 2, 2), torch.randn(1, K, 2, 2), torch.tensor([[[2, 2], [2, -1]]])
+    top = bottom = 0.0
+    for y, x in ((0, 0), (0, 1), (1, 0)):
+        t, s = teacher[0, :, y, x].softmax(0), student[0, :, y, x].softmax(0)
+        target = 0.5 * t + 0.5 * torch.nn.functional.one_hot(torch.tensor(2), K)
+        entropy = float(-(t * t.log()).sum())
+        top, bottom = top + entropy * float((target * (target / s).log()).sum()), bottom + entropy
+    assert float(class_context.kl_loss(student, teacher, labels, 0.5)) == pytest.approx(top / bottom, rel=1e-4)
+
+
+def test_the_coarse_classifier_has_its_own_loss_and_logits():
+    head = _head(coarse_weight=0.5)
+    inputs, _ = _batch()
+    whole, half = (_losses(_head(coarse_weight=weight))["loss_rce_coarse"] for weight in (1.0, 0.5))
+    torch.testing.assert_close(whole, 2 * half)
+    losses = _losses(head)
+    wanted = [head.host.conv_seg.weight, head.coarse_conv[0].weight]
+    assert all(bool(grad.any()) for grad in torch.autograd.grad(losses["loss_rce_coarse"], wanted))
+    read = head.eval().coarse_conv(head.host(inputs))
+    assert torch.equal(head.coarse_logits(inputs), head.host.conv_seg(read))
+    assert len(_head(coarse_conv=False).coarse_conv) == 0
+
+
+def test_the_variance_loss_sets_in_later():
+    head = _head(iv_start=2)
+    assert [_losses(head)["loss_iv"].item() > 0 for _ in range(3)] == [False, False, True]
+
+
+def test_the_memory_loss_leaves_the_norms_statistics():
+    head = _head()
+    before = head.coarse_conv[1].running_mean.clone()
+    head._of_rows(torch.randn(K, WIDTH))
+    assert torch.equal(head.coarse_conv[1].running_mean, before) and head.coarse_conv[1].training
 
 
 def test_import_loads_no_mmseg(run_python):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ovbench.benchmarks.synth.copies import synth
+
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
 SHARED = {"study", "learning", "inferred"}  # no scripts, and one that test_inferred.py runs
 SPEED = {"discrepancy_speed", "engine", "lsmseg_filtering", "masks_speed", "paper_efficiency", "sizes"}
@@ -177,9 +179,33 @@ def learned(run, out: Path, name: str, scenes: str, rows: str, columns: set[str]
     assert before and sorted((out / "runs").rglob("*.json")) == before  # what is there is taken
 
 
+def test_caa_layouts(run):
+    out = run("caa_layouts")
+    found = table(out)
+    assert ["448", "64", "2", "1", "False", "True", "F"] in [row[:7] for row in found]  # what methods/caa.py has
+    assert f"{len(found)} of 5600 layouts" in out
+    assert len(table(run("caa_layouts", "--within", "3"))) > len(found)
+
+
 def test_closed_set_learning(run, tmp_path):
-    learned(run, tmp_path, "closed_set_learning", "8,4", "fcn,ecac-fcn", {"mIoU", "head", "middle", "tail"})
-    assert "ecac-fcn - host, mIoU, by seed: " in (tmp_path / "learning.md").read_text()
+    """On generated scenes, and on a benchmark's images in folds; what is there is taken."""
+    rows = "fcn,ecac-fcn"
+    asked = ("--rows", rows, "--iters", "2", "--seeds", "0", "--side", "168")
+    run("closed_set_learning", "--out", tmp_path / "a", "--scenes", "3,2", *asked)
+    real = synth("voc21", tmp_path / "voc", images=5, size=(48, 64))
+    photographs = ("--data", "voc21", "--data-root", real, "--out", tmp_path / "b", "--scenes", "5,0")
+    run("closed_set_learning", *photographs, *asked)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        lines = (out / "learning.csv").read_text().splitlines()
+        assert lines[0] == "row,seed,mIoU,head,middle,tail,coarse"
+        assert [row[0] for row in table((out / "learning.md").read_text())] == rows.split(",")
+        assert "ecac-fcn - host, mIoU, by seed: " in (out / "learning.md").read_text()
+        assert (out / "curves.png").stat().st_size > 1000
+    [record] = [json.loads(path.read_text()) for path in (tmp_path / "b" / "heads").glob("ecac*.json")]
+    assert [point["iteration"] for point in record["curve"]] == [1, 2] and len(record["classes"]) == 21
+    before = (tmp_path / "b" / "learning.csv").read_text()
+    run("closed_set_learning", *photographs, *asked)
+    assert (tmp_path / "b" / "learning.csv").read_text() == before
 
 
 def test_lsmseg_learning(run, tmp_path):

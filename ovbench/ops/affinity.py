@@ -20,6 +20,7 @@ from ovbench.ops.full_precision import full_precision
 MAP_ENTRIES = 64**4
 # Least share of a row's mass that is divided by: below it, rounding of the difference sum(F') - M F' would be blown up.
 MASS_FLOOR = 1e-4
+EPS = 1e-6
 
 
 def class_centers(coarse: Tensor, features: Tensor, softmax: str = "positions") -> Tensor:
@@ -76,17 +77,34 @@ def intra_and_inter(
     return torch.cat([pair[0] for pair in pairs], dim=1), torch.cat([pair[1] for pair in pairs], dim=1)
 
 
-def associate(features: Tensor, centers: Tensor, scale: bool = False) -> Tensor:
+def class_mass(coarse: Tensor) -> Tensor:
+    """Share of the positions that each class has, (B, K), sums to one; ``coarse`` are logits (B, K, N)."""
+    return coarse.softmax(dim=1).mean(dim=2)
+
+
+def associate(
+    features: Tensor,
+    centers: Tensor,
+    scale: bool = False,
+    *,
+    keys: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> Tensor:
     """Every position as a mixture of class centres, (B, N, D').
 
     Args:
-        features: (B, N, D').
-        centers: (B, K, D').
-        scale: Divide the logits by sqrt(D').
+        features: (B, N, C).
+        centers: What is mixed, (B, K, D').
+        scale: Divide the logits by sqrt(C).
+        keys: What positions are compared with, (B, K, C); None compares them with the centres.
+        mass: Shares of the classes (B, K): a class's part of the mixture is multiplied by its share before the mixture is
+            made to sum to one, so that centres of classes that are nowhere stay out.
     """
-    logits = features @ centers.transpose(1, 2)  # (B, N, K)
+    logits = features @ (centers if keys is None else keys).transpose(1, 2)  # (B, N, K)
     if scale:
         logits = logits / features.shape[2] ** 0.5
+    if mass is not None:
+        logits = logits + mass.clamp_min(torch.finfo(mass.dtype).tiny).log()[:, None]
     return logits.softmax(dim=2) @ centers
 
 
@@ -107,7 +125,12 @@ def affinity_target(labels: Tensor, ignore_index: int = 255, rows: slice = slice
 
 
 def affinity_loss(
-    query: Tensor, key: Tensor, labels: Tensor, ignore_index: int = 255, entries: int = MAP_ENTRIES
+    query: Tensor,
+    key: Tensor,
+    labels: Tensor,
+    ignore_index: int = 255,
+    entries: int = MAP_ENTRIES,
+    rows_too: bool = False,
 ) -> Tensor:
     """Binary cross-entropy of the affinity sigmoid(q k), the mean over the batch's counted pairs; 0 where there is none.
 
@@ -117,6 +140,7 @@ def affinity_loss(
         labels: (B, N).
         ignore_index: Label whose positions count on neither axis.
         entries: Pairs for which logits and a ground truth exist at a time.
+        rows_too: Add the terms of a row as a whole, see :func:`row_terms`; their mean over the counted rows.
     """
 
     def part(query: Tensor, key: Tensor, rows: slice) -> Tensor:
@@ -124,14 +148,33 @@ def affinity_loss(
         logits = (query[:, rows] @ key).float()
         loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
         # torch.where and not a product: a logit of infinity at an ignored pair must not become NaN.
-        return torch.where(counted, loss, 0.0).sum()
+        single = torch.where(counted, loss, 0.0).sum()
+        return torch.stack([single, row_terms(logits.sigmoid(), target, counted) if rows_too else single.new_zeros(())])
 
-    total = query.new_zeros((), dtype=torch.float32)
+    total = query.new_zeros(2, dtype=torch.float32)
     with full_precision(query.device.type):
         for rows in row_chunks(query.shape[0], key.shape[2], _share(entries)):
             total = total + _dropped(part, query, key, rows)
-    number = (labels != ignore_index).sum(dim=1).square().sum()
-    return total / number.clamp_min(1)
+    positions = (labels != ignore_index).sum(dim=1)
+    return total[0] / positions.square().sum().clamp_min(1) + total[1] / positions.sum().clamp_min(1)
+
+
+def row_terms(affinity: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Minus the logarithms of precision, recall and specificity of rows of the affinity, summed (CPNet, Eq. 3 to 6).
+
+    Args:
+        affinity: Rows of M in [0, 1], (B, R, N).
+        target: Pairs of one class, boolean.
+        counted: Pairs that count, boolean; a row without one gives nothing.
+    """
+    inside = torch.where(counted, affinity, 0.0)
+    hits, truth = (inside * target).sum(dim=2), target.sum(dim=2)
+    others = counted.sum(dim=2) - truth
+    rejected = (torch.where(counted, 1 - affinity, 0.0) * ~target).sum(dim=2)
+    shares = ((hits, inside.sum(dim=2)), (hits, truth), (rejected, others))
+    # A denominator of 0 is a row without such pairs: nothing to find, nothing to reject.
+    logs = [torch.where(whole > 0, -(share / whole.clamp_min(EPS)).clamp(EPS, 1).log(), 0.0) for share, whole in shares]
+    return torch.stack(logs).sum()
 
 
 def row_chunks(batch: int, positions: int, entries: int) -> list[slice]:

@@ -23,8 +23,8 @@ def class_sums(
     return sums, rows.new_zeros(num_classes).index_add(0, index, weight)
 
 
-def class_centres(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean feature (B, K, d) of each class in each image; zero where absent.
+def class_centres(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean feature (B, K, d) of each class in each image, zero where absent, and which classes are there (B, K).
 
     Features are (B, d, h, w), labels (B, h, w) on the same grid; ids outside 0 .. K - 1 are ignored.
     """
@@ -33,7 +33,8 @@ def class_centres(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     offsets = num_classes * torch.arange(batch, device=labels.device)[:, None, None]
     index = torch.where(known, labels + offsets, -1)
     sums, totals = class_sums(feature_rows(features), index.flatten(), batch * num_classes)
-    return (sums / totals.clamp_min(1)[:, None]).view(batch, num_classes, -1)
+    centres = (sums / totals.clamp_min(1)[:, None]).view(batch, num_classes, -1)
+    return centres, (totals > 0).view(batch, num_classes)
 
 
 def soft_centres(features: Tensor, coarse: Tensor) -> Tensor:
@@ -43,9 +44,12 @@ def soft_centres(features: Tensor, coarse: Tensor) -> Tensor:
     return share.to(features.dtype) @ features.flatten(2).transpose(1, 2)
 
 
-def classify(classifiers: Tensor, features: Tensor) -> Tensor:
-    """Logits (B, K, h, w) of features (B, d, h, w) under classifiers (B, K, d)."""
-    return (classifiers @ features.flatten(2)).view(len(features), -1, *features.shape[2:])
+def classify(classifiers: Tensor, features: Tensor, cosine_scale: float = 0.0) -> Tensor:
+    """Logits (B, K, h, w) of features (B, d, h, w) under classifiers (B, K, d): products, or cosines times a scale above 0."""
+    if cosine_scale:
+        classifiers, features = (F.normalize(part, dim=axis) for part, axis in ((classifiers, 2), (features, 1)))
+    logits = (classifiers @ features.flatten(2)).view(len(features), -1, *features.shape[2:])
+    return cosine_scale * logits if cosine_scale else logits
 
 
 def class_weights(frequencies: Tensor, rho: float) -> Tensor:
@@ -69,16 +73,25 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
     return (loss * scale).sum() / scale.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def kl_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def kl_loss(student: Tensor, teacher: Tensor, labels: Tensor, hard: float = 0.0) -> Tensor:
     """KL(teacher || student), weighted by teacher entropy within each class, averaged over classes present (Eq. 4.12).
 
-    Logits are (B, K, h, w), labels (B, h, w) on the same grid; the teacher gets no gradient.
+    Args:
+        student: Logits (B, K, h, w).
+        teacher: Logits (B, K, h, w); get no gradient.
+        labels: (B, h, w) on the same grid.
+        hard: Share of the label itself in the teacher's distribution, as CAC has .5 of it.
     """
     num_classes = student.shape[1]
     log_t = teacher.detach().float().log_softmax(dim=1)
     log_s = student.float().log_softmax(dim=1)
     entropy = -(log_t.exp() * log_t).sum(dim=1).flatten()
-    divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1).flatten()
+    target = log_t.exp()
+    if hard:
+        known = (labels >= 0) & (labels < num_classes)
+        own = F.one_hot(torch.where(known, labels, 0), num_classes).permute(0, 3, 1, 2)
+        target = (1 - hard) * target + hard * own
+    divergence = (torch.xlogy(target, target) - target * log_s).sum(dim=1).flatten()
     sums, totals = class_sums(divergence[:, None], labels.flatten(), num_classes, entropy + EPS)
     present = totals > 0
     per_class = sums[:, 0] / torch.where(present, totals, 1.0)
@@ -95,7 +108,7 @@ def iv_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 def cosine_map(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cosine (B, h, w) of each pixel's logits (B, K, h, w) to the mean of its class in its image."""
     num_classes = outputs.shape[1]
-    centres = class_centres(outputs, labels, num_classes)  # B, K, K
+    centres, _ = class_centres(outputs, labels, num_classes)  # B, K, K
     index = torch.where((labels >= 0) & (labels < num_classes), labels, 0).flatten(1)
     own = centres.gather(1, index[..., None].expand(-1, -1, num_classes))  # B, N, K
     cosine = F.cosine_similarity(outputs.flatten(2).transpose(1, 2).float(), own, dim=2, eps=EPS)

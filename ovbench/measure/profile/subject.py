@@ -81,7 +81,7 @@ def _head(spec: ProfileSpec, device: torch.device) -> Subject:
     arch = spec.arch or method.DEFAULT_ARCH
     grids = hosts.feature_grids(spec.features) if spec.features else hosts.default_grids(arch)
     classes = spec.classes or hosts.NUM_CLASSES
-    config = method.head_config(arch, classes)
+    config = method.head_config(arch, classes, training=True)  # with the teacher, as the papers count it
     models = import_mmseg().registry.MODELS
     closed_set.register()
     with torch.random.fork_rng(devices=[]):

@@ -103,7 +103,7 @@ class CachedGenerator(MaskGenerator):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 checksum = (file.metadata() or {}).get("crc32")
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, RuntimeError):  # torch's, where the file goes while it is mapped
             return None
         if checksum != _crc32(tensors) or "masks" not in tensors:
             return None
