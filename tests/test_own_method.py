@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import warm
 from tiny_clip import photo, save_tiny
 from tutorial import blocks, follow
 
@@ -218,7 +217,9 @@ def install(site: Path, *, entry: str = "their-method = their_package.inner.meth
     (info / "entry_points.txt").write_text(f"[ovbench.methods]\n{entry}\n")
 
 
-def test_a_package_registers_a_method(tmp_path: Path, weights: str, run_cli: Callable[..., Any]) -> None:
+def test_a_package_registers_a_method(
+    tmp_path: Path, weights: str, run_cli: Callable[..., Any], run_python: Callable[..., Any]
+) -> None:
     install(tmp_path / "site")
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
     listed = run_cli("list", "methods", "--json", fresh=True, **path)
@@ -239,21 +240,17 @@ def test_a_package_registers_a_method(tmp_path: Path, weights: str, run_cli: Cal
         "--device",
         "cpu",
     ]
-    command = ["run", "-m", "their-method", *arguments, "--gallery", "0", "--json"]
-    process = warm.Started(warm.ovbench, command, cwd=tmp_path, env=path)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    record = json.loads(out)
-    assert record["spec"]["method"] == "their-method"
-    assert record["spec"]["method_options"] == {"scale": 1.0, "source_sha256": hashlib.sha256(OWN.encode()).hexdigest()}
     code = (
-        "from ovbench.mm.segmentor import MODELS; from ovbench import build_segmentor\n"
+        "from ovbench.cli.app import run_command; from ovbench.mm.segmentor import MODELS; from ovbench import build_segmentor\n"
+        f"assert run_command({['run', '-m', 'their-method', *arguments, '--gallery', '0', '--json']}) == 0\n"
         f"seg = build_segmentor('their-method', weights={weights!r}, classes=['a'], templates='plain')\n"
         "assert type(seg.model.method).__name__ == 'Mine' and MODELS.get('their-method') is not None"
     )
-    process = warm.Started(warm.python, code, cwd=tmp_path, env=path)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    done = run_python("-c", code, cwd=tmp_path, **path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["spec"]["method"] == "their-method"
+    assert record["spec"]["method_options"] == {"scale": 1.0, "source_sha256": hashlib.sha256(OWN.encode()).hexdigest()}
 
 
 @pytest.mark.parametrize(
@@ -266,13 +263,14 @@ def test_a_package_registers_a_method(tmp_path: Path, weights: str, run_cli: Cal
         ({"entry": "x = their_package.inner.methods:Mine"}, "import gone\n", "ModuleNotFoundError: No module named 'gone'"),
     ],
 )  # fmt: skip
-def test_wrong_packages_are_explained(tmp_path: Path, arguments: dict[str, str], source: str, message: str) -> None:
+def test_wrong_packages_are_explained(
+    tmp_path: Path, run_python: Callable[..., Any], arguments: dict[str, str], source: str, message: str
+) -> None:
     install(tmp_path / "site", source=source, **arguments)
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
     code = f"from ovbench.registry import method_class; method_class({arguments['entry'].split(' ')[0]!r})"
-    process = warm.Started(warm.python, code, cwd=tmp_path, env=path)
-    _, err = process.communicate()
-    assert process.returncode == 1 and message in err
+    done = run_python("-c", code, **path)
+    assert done.returncode == 1 and message in done.stderr
 
 
 def test_the_tutorial(repo: Path, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ def _call(function: Callable[..., int], arguments: Any, cwd: str, env: dict[str,
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.path[1:1] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, stream)
