@@ -63,6 +63,7 @@ class CAAConfig:
         affinity_rows: Add CPNet's terms of a row as a whole (precision, recall, specificity) to that loss (*inferred*: off,
             the equation has the BCE alone).
         affinity_detached: a and b read F without sending their gradient into it (*inferred*, by measurement).
+        contexts_detached: All of the add-on reads F and the coarse logits so; what reaches F is the sum alone (*inferred*: off).
         center_softmax: Axis of the centre's softmax: over positions it is a weighted mean; over classes it is divided by
             each class's mass to be one too (*inferred*: the axis is not stated).
         center_mass: A class's part in the association is multiplied by its share of the image, so that centres of absent
@@ -88,6 +89,7 @@ class CAAConfig:
     affinity_weight: float = 1.0
     affinity_rows: bool = False
     affinity_detached: bool = True
+    contexts_detached: bool = False
     center_softmax: Literal["positions", "classes"] = "positions"
     center_mass: bool = True
     row_normalise: bool = True
@@ -213,7 +215,9 @@ class CAA(nn.Module):
             features: F, (B, D, h, w).
             coarse: The host's logits (B, K, h, w); only the class centre uses them.
         """
-        config, grid = self.config, features.shape[2:]
+        config, grid, host = self.config, features.shape[2:], features
+        if config.contexts_detached:
+            features, coarse = features.detach(), None if coarse is None else coarse.detach()
         rows = self.transform(features)
         if config.affinity:
             read = features.detach() if config.affinity_detached else features
@@ -244,7 +248,7 @@ class CAA(nn.Module):
             maps = {name: self.associations[name](part, centers, mass, features) for name, part in maps.items()}
         fused = self.fusion(torch.cat([features, *maps.values()], dim=1))
         if config.fusion_residual:
-            fused = features + fused
+            fused = host + fused
         return fused.relu() if config.fusion_norm else fused, factors
 
 

@@ -103,7 +103,6 @@ class CATSeg(Method):
     # on the other training sets of the thesis' Table 5.11 alike: inferred, the table names them and no other recipe
     RECIPES: ClassVar[dict[str, dict[str, Any]]] = dict.fromkeys(("coco_stuff", "context59", "ade20k"), COCO_STUFF)
     PARTS: ClassVar[tuple[str, ...]] = checkpoint.UPSAMPLE  # of a checkpoint, beside CLIP and the aggregator
-    FROZEN: ClassVar[tuple[str, ...]] = ()  # parts that no training changes and no checkpoint holds
 
     def __init__(
         self,

@@ -267,6 +267,7 @@ def register() -> type[nn.Module]:
             if row is not None:
                 centres = torch.where(present[..., None], centres, row.to(centres.dtype))
             centres = centres.to(features.dtype).expand(len(features), -1, -1)
+            assert self.teacher is not None  # ``losses`` has seen to it
             return self.teacher(centres, self.memory, features)  # type: ignore[no-any-return]
 
         def loss(self, inputs: Sequence[Tensor], batch_data_samples: Any, train_cfg: Any = None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from ovbench import benchmarks
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.frequencies import thirds
 from ovbench.benchmarks.synth.copies import synth
-from ovbench.methods import closed_set, hosts
+from ovbench.methods import closed_set, hosts  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg, quiet_mmengine
 from ovbench.networks.visual import load_visual
 from ovbench.ops.areas import areas
@@ -175,7 +175,7 @@ def batch_of(images: list[Picture], generator: torch.Generator) -> tuple[Tensor,
 def head_of(name: str, channels: int, classes: int, iters: int, frequencies: Any) -> nn.Module:
     """The decode head of a row with random weights; ECAC's later losses set in after a tenth of the iterations."""
     method, *switches = name.split(":")
-    cls = closed_set_class(method)
+    cls: Any = closed_set_class(method)
     later = {"memory_loss_start": iters // 10, "iv_start": iters // 10} if method.startswith("ecac") else {}
     configured = cls(method, cls.configure({**later, **dict(switch.split("=") for switch in switches)}))
     host = hosts.head_config(
@@ -189,7 +189,7 @@ def head_of(name: str, channels: int, classes: int, iters: int, frequencies: Any
     return head
 
 
-def scores(head: nn.Module, images: list[Picture], classes: int) -> dict[str, Any]:
+def scores(head: Any, images: list[Picture], classes: int) -> dict[str, Any]:
     """IoU in percent by class of the final logits, None where a class does not occur, and mIoU of both branches."""
     head.eval()
     total = torch.zeros(2, 3, classes, dtype=torch.int64)
@@ -238,7 +238,7 @@ def trained(a: argparse.Namespace, name: str, seed: int, data: tuple[Any, ...]) 
         losses: dict[str, Tensor] = head.loss([features] * 4, samples, {})  # type: ignore[operator]
         loss = torch.stack([value for key, value in losses.items() if "loss" in key]).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if (iteration + 1) % max(1, a.iters // 5) == 0 or iteration + 1 == a.iters:
             at = {key: value for key, value in scores(head, val, classes).items() if key != "classes"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: parallel test processes must not each take all cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: full collections, of which mmengine asks one per dataset, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +76,27 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def run_cli(
-    run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs ``ovbench ARGS`` as a user does, in a fresh process in an empty folder."""
+    """Runs ``ovbench ARGS`` in an empty folder: in this process, or in a ``fresh`` one as a user does."""
+    from ovbench.cli.app import run_command
 
-    def run(*args: str, cwd: Path | str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        return run_python("-m", "ovbench", *args, cwd=tmp_path if cwd is None else cwd, **env)
+    def run(
+        *args: str, cwd: Path | str = tmp_path, fresh: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        if fresh:
+            return run_python("-m", "ovbench", *args, cwd=cwd, **env)
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", ["ovbench", *args])
+            for name, value in env.items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            status = run_command(args)
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,6 +10,8 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import warm
 
 from ovbench.errors import OvbenchError
 
@@ -71,10 +72,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, []  # type: ignore[var-annotated]
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["ovbench.evaluate.session", "ovbench.evaluate.loop", "ovbench.mm.segmentor"]
-        )
+        self.context = warm.context()
 
     def start(
         self, fields: dict[str, Any], *, slow: float = 0.0, env: dict[str, str] | None = None, **options: Any

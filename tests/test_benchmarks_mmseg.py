@@ -96,7 +96,7 @@ def test_short_side_zero_leaves_the_image_as_it_is(copies: Path, build: Any) -> 
 def test_annotations_rule_is_ours_for_all_values(name: str, tmp_path: Path, build: Any) -> None:
     """mmseg's ``LoadAnnotations`` on a label with every value in it; ours refuses it, naming those of no class."""
     benchmark = benchmarks.get(name)
-    root = synth(name, tmp_path, images=1)
+    root = synth(name, tmp_path, images=1, size=(48, 64))
     pair = benchmark.pairs(root)[0]
     values = benchmark.ignore_index + 1
     raw = np.arange(values).astype(np.uint16 if benchmark.wide else np.uint8).reshape(16, -1)
@@ -148,7 +148,7 @@ def test_incomplete_data_is_a_clear_error_before_mmseg_asserts(name: str, tmp_pa
     benchmark = benchmarks.get(name)
     with pytest.raises(DataError, match=f"No {name} data"):
         build(benchmark, tmp_path)
-    root = synth(name, tmp_path / "copy", images=2)
+    root = synth(name, tmp_path / "copy", images=2, size=(48, 64))
     benchmark.pairs(root)[1].label.unlink()
     with pytest.raises(DataError, match=r"1 of 2 label files are missing"):
         build(benchmark, root)

@@ -135,15 +135,15 @@ def test_the_rate_warms_up_falls_and_ends_early_on_demand() -> None:
 
 
 def test_training_learns_resumes_and_exports(few_images: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "WARM_UP", 2)
-    whole = train.train(tmp_path / "whole", steps=4, minutes=0, seed=1, peak=1e-3, cooldown=2, threads=1)
+    monkeypatch.setattr(train, "WARM_UP", 1)
+    whole = train.train(tmp_path / "whole", steps=2, minutes=0, seed=1, peak=1e-3, cooldown=1, threads=1)
     interrupted = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(train.Schedule, "end", lambda self: 2)
-        train.train(interrupted, steps=4, minutes=0, seed=1, peak=1e-3, cooldown=2, threads=1)
-    parts = train.train(interrupted, steps=4, minutes=0, seed=1, peak=1e-3, cooldown=2, threads=1)
+        patch.setattr(train.Schedule, "end", lambda self: 1)
+        train.train(interrupted, steps=2, minutes=0, seed=1, peak=1e-3, cooldown=1, threads=1)
+    parts = train.train(interrupted, steps=2, minutes=0, seed=1, peak=1e-3, cooldown=1, threads=1)
     one, two = (torch.load(path, weights_only=True) for path in (whole, parts))
-    assert one["step"] == two["step"] == 4
+    assert one["step"] == two["step"] == 2
     assert all(torch.allclose(one["model"][name], two["model"][name], atol=1e-6) for name in one["model"])
     start = readouts.small_clip(len(one["rows"]), 1).state_dict()
     moved = [name for name in start if not torch.equal(start[name], one["model"][name])]
@@ -151,7 +151,7 @@ def test_training_learns_resumes_and_exports(few_images: None, tmp_path: Path, m
 
     path = export(whole, tmp_path / "weights.safetensors")
     state, facts = load_state_dict(path), metadata(path)
-    assert facts["steps"] == "4" and facts["seed"] == "1" and json.loads(facts["loss"])["total"] > 0
+    assert facts["steps"] == "2" and facts["seed"] == "1" and json.loads(facts["loss"])["total"] > 0
     rows = torch.tensor(one["rows"])
     assert torch.equal(state["token_embedding.weight"][rows], one["model"]["token_embedding.weight"].half().float())
     assert [p.name for p in tmp_path.glob("*.tmp")] == []

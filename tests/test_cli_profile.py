@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from ovbench.measure.profile import launch
 from ovbench.measure.profile import record as report
+from ovbench.measure.profile.job import profile_here
 from ovbench.results.record import Efficiency
 
 COMMAND = """
@@ -40,9 +43,8 @@ def run_profile(run_python, tmp_path):
     for name in ("mmseg", "mmengine", "mmcv", "cv2"):
         (barred / f"{name}.py").write_text(f"raise ImportError('{name} is barred')\n")
 
-    def run(*args: str, bar: bool = True):
-        surroundings = {"PYTHONPATH": str(barred)} if bar else {}
-        return run_python("-c", COMMAND, "profile", *args, cwd=tmp_path, **surroundings)
+    def run(*args: str):
+        return run_python("-c", COMMAND, "profile", *args, cwd=tmp_path, PYTHONPATH=str(barred))
 
     return run
 
@@ -62,8 +64,23 @@ def test_json_of_a_method(run_profile, tmp_path):
     assert figures["provenance"]["command"].startswith("ovbench profile -m sc-clip")
 
 
-def test_table_of_a_method(run_profile):
-    done = run_profile("-m", "clip", "--dataset", "voc21", *SMALL)
+@pytest.fixture
+def profile_in_this_process(run_cli, monkeypatch):
+    """Runs ``ovbench profile ARGS`` and measures here, not in a process of its own."""
+
+    def measured(spec, command, tell):
+        threads = torch.get_num_threads()
+        try:
+            return profile_here(spec, command=command)
+        finally:
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr(launch, "_in_process", measured)
+    return lambda *args: run_cli("profile", *args)
+
+
+def test_table_of_a_method(profile_in_this_process):
+    done = profile_in_this_process("-m", "clip", "--dataset", "voc21", *SMALL)
     assert done.returncode == 0, done.stderr
     for text in (
         "clip, builtin-ViT-12x128, 21 classes",
@@ -77,10 +94,10 @@ def test_table_of_a_method(run_profile):
     assert "images/s" not in done.stdout
 
 
-def test_a_decode_head(run_profile):
-    done = run_profile(
-        "-m", "fcn", "--part", "decode_head", "--features", "8x8", "--samples", "2", "--no-throughput", "--json", bar=False
-    )  # fmt: skip
+def test_a_decode_head(profile_in_this_process):
+    done = profile_in_this_process(
+        "-m", "fcn", "--part", "decode_head", "--features", "8x8", "--samples", "2", "--no-throughput", "--json"
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["params_m"] == pytest.approx(11.87, rel=1e-3) and figures["spec"]["classes"] == 150
@@ -114,8 +131,9 @@ def test_a_decode_head_without_mmseg(run_profile):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_wrong_options_are_told_before_any_process(run_profile, arguments, words):
-    done = run_profile(*arguments)
+def test_wrong_options_are_told_before_any_process(run_cli, monkeypatch, arguments, words):
+    monkeypatch.setattr("ovbench.measure.profile.launch.subprocess.Popen", None)  # would raise if it were called
+    done = run_cli("profile", *arguments)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stdout == "" and "building" not in done.stderr
 

@@ -30,11 +30,12 @@ def picture(tmp_path: Path) -> Path:
 
 
 def test_run_prints_the_record_alone_on_stdout(run_cli: Cli, tmp_path: Path, weights: str) -> None:
+    """In a process of its own, so that nothing else that is loaded may print."""
     assert run_cli("data", "synth", "voc20", "--images", "2", "--out", "data").returncode == 0
     done = run_cli(
         "run", "-m", "clip", "-d", "voc20", "--data-root", "data", "--weights", weights, "--templates", "plain",
         "--protocol", "common", "--short-side", "100", "--device", "cpu", "--results", "out", "--workers", "0",
-        "--json",
+        "--json", fresh=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
@@ -53,7 +54,7 @@ def test_predict_writes_what_was_asked_for(run_cli: Cli, tmp_path: Path, picture
     done = run_cli(
         "predict", str(picture), "--method", "clip", "--weights", weights, "--classes", "classes.txt",
         "--device", "cpu", "--short-side", "96", "--crop", "64", "--stride", "32", "--out", "a/label.png", "--overlay", "a/over.png",
-        "--save-logits", "a/l.npz", "--save-features", "a/f.npz", "--json",
+        "--save-logits", "a/l.npz", "--save-features", "a/f.npz", "--json", fresh=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -144,9 +145,12 @@ def test_damaged_pictures(tmp_path: Path, weights: str, capsys: pytest.CaptureFi
         assert message in capsys.readouterr().err
 
 
-def test_offline_user_learns_what_to_do(run_cli: Cli, picture: Path, tmp_path: Path) -> None:
+def test_offline_user_learns_what_to_do(
+    run_cli: Cli, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HF_HUB_OFFLINE stands for a machine without a network; the hub's cache is empty."""
-    done = run_cli("predict", str(picture), "--classes", "sky", "--pretrained", "openai", HF_HOME=str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = run_cli("predict", str(picture), "--classes", "sky", "--pretrained", "openai")
     assert done.returncode == 4
     assert "Could not get the weights 'openai' for ViT-B-16" in done.stderr
     assert "--weights FILE.safetensors" in done.stderr and "--weights random" in done.stderr

@@ -73,15 +73,17 @@ def test_bytes_depend_on_the_records_alone(runs: Path, tmp_path: Path) -> None:
 
 
 def test_tables_load_no_torch(runs: Path, run_python: Cli, tmp_path: Path) -> None:
-    for arguments in (PAPER, ("table",), ("table", "--paper", "thesis-caa", "--table", "3.5", "-f", "html")):
-        code = (
-            "import sys; from ovbench.cli.app import run_command\n"
-            f"status = run_command({[*arguments, '--results', str(runs)]!r})\n"
-            "heavy = {'torch', 'open_clip', 'pandas', 'matplotlib', 'mmseg', 'mmengine', 'mmcv', 'cv2'}\n"
-            "print(sorted(heavy & set(sys.modules)), status, file=sys.stderr)"
-        )
-        done = run_python("-c", code, cwd=tmp_path)
-        assert done.stderr.splitlines()[-1] == "[] 0", done.stderr
+    tables = (PAPER, ("table",), ("table", "--paper", "thesis-caa", "--table", "3.5", "-f", "html"))
+    code = (
+        "import sys; from ovbench.cli.app import run_command\n"
+        "heavy = {'torch', 'open_clip', 'pandas', 'matplotlib', 'mmseg', 'mmengine', 'mmcv', 'cv2'}\n"
+        f"for arguments in {tables!r}:\n"
+        f"    status = run_command([*arguments, '--results', {str(runs)!r}])\n"
+        "    print('AFTER', arguments, sorted(heavy & set(sys.modules)), status, file=sys.stderr)"
+    )
+    done = run_python("-c", code, cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("AFTER ")]
+    assert told == [f"AFTER {arguments} [] 0" for arguments in tables], done.stderr
 
 
 def test_a_papers_table_with_what_was_refused(runs: Path, run_cli: Cli) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+import warm
 
 from ovbench.errors import UsageError
 from ovbench.measure.counters import count
@@ -425,7 +426,8 @@ def _one_of_two(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_memory_of_two_processes_is_that_of_the_joined_batch(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    warm.context()
+    torch.multiprocessing.start_processes(_one_of_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
     expected = _bank(_bank_head(), *_bank_batch())
     for rank in (0, 1):
         memory, seen, steps = torch.load(tmp_path / f"{rank}.pth", weights_only=True)

@@ -16,7 +16,7 @@ from ovbench.benchmarks.synth.copies import synth
 from ovbench.methods.clip import Clip
 from ovbench.networks.builtin.scenes import render
 
-IMAGES = 8
+IMAGES = 5
 # Half of what was measured with the committed weights (docs/demo.md), so that only a fault falls below.
 FLOOR = 40.0
 
@@ -37,9 +37,11 @@ def miou(method: str, dataset: str, results: Path, data: Path | None = None, **p
 
 @pytest.mark.parametrize("dataset", benchmarks.names("eight"))
 def test_both_methods_are_far_above_chance(dataset: str, tmp_path: Path) -> None:
+    """On one with the prompts of the public code, which take seconds to encode; elsewhere with the words alone."""
     chance = 100 / benchmarks.get(dataset).num_classes
+    prompts = {} if dataset == "voc21" else {"templates": "plain"}
     for method in ("clip", "sc-clip"):
-        found = miou(method, dataset, tmp_path)
+        found = miou(method, dataset, tmp_path, **prompts)
         assert found > max(FLOOR, 4 * chance), f"{method} on {dataset}: {found:.1f} mIoU, chance about {chance:.1f}"
 
 

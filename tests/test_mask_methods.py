@@ -27,7 +27,7 @@ NAMES = method_names(MASK_BASED)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors"))
+    return str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors", layers=4))
 
 
 @pytest.fixture(scope="module")

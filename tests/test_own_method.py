@@ -222,7 +222,7 @@ def test_a_package_registers_a_method(
 ) -> None:
     install(tmp_path / "site")
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
-    listed = run_cli("list", "methods", "--json", **path)
+    listed = run_cli("list", "methods", "--json", fresh=True, **path)
     assert listed.returncode == 0 and "IMPORTED" not in listed.stderr
     [entry] = [entry for entry in json.loads(listed.stdout) if entry["name"] == "their-method"]
     own = {"name": "their-method", "summary": "mine", "paper": "me", "protocol": "naclip"}
@@ -240,18 +240,17 @@ def test_a_package_registers_a_method(
         "--device",
         "cpu",
     ]
-    done = run_cli("run", "-m", "their-method", *arguments, "--gallery", "0", "--json", **path)
+    code = (
+        "from ovbench.cli.app import run_command; from ovbench.mm.segmentor import MODELS; from ovbench import build_segmentor\n"
+        f"assert run_command({['run', '-m', 'their-method', *arguments, '--gallery', '0', '--json']}) == 0\n"
+        f"seg = build_segmentor('their-method', weights={weights!r}, classes=['a'], templates='plain')\n"
+        "assert type(seg.model.method).__name__ == 'Mine' and MODELS.get('their-method') is not None"
+    )
+    done = run_python("-c", code, cwd=tmp_path, **path)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["spec"]["method"] == "their-method"
     assert record["spec"]["method_options"] == {"scale": 1.0, "source_sha256": hashlib.sha256(OWN.encode()).hexdigest()}
-    code = (
-        "from ovbench.mm.segmentor import MODELS; from ovbench import build_segmentor\n"
-        f"seg = build_segmentor('their-method', weights={weights!r}, classes=['a'], templates='plain')\n"
-        "assert type(seg.model.method).__name__ == 'Mine' and MODELS.get('their-method') is not None"
-    )
-    done = run_python("-c", code, **path)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

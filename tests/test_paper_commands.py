@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ TRAININGS = list(dict.fromkeys(command.training for _, command in RUNS if comman
 _PANOPTIC = panoptic_from_sums(["thing"], {0}, [0.5], [1], [0], [0])
 
 
-def _parsed(verb: Any, name: str, words: tuple[str, ...]) -> dict[str, Any]:
-    """The options that the real parser reads; an unknown one is an error."""
+@cache
+def _parser(verb: Any, name: str) -> Any:
     app = typer.Typer()
     app.command(name)(verb)
-    return dict(typer.main.get_command(app).make_context(name, list(words)).params)
+    return typer.main.get_command(app)
+
+
+def _parsed(verb: Any, name: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """The options that the real parser reads; an unknown one is an error."""
+    return dict(_parser(verb, name).make_context(name, list(words)).params)
 
 
 def test_every_number_of_ours_has_a_command_or_a_reason() -> None:

@@ -153,7 +153,9 @@ def test_a_file_is_said_to_be_run_before_it_is_and_once(method_file: Path, tmp_p
 
 
 def test_the_command_says_it_on_stderr_once(method_file: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
-    done = run_cli("profile", "--method", f"{method_file}:Mine", "--classes", "voc21", "--arch", "ViT-B-16", "--json")
+    done = run_cli(
+        "profile", "--method", f"{method_file}:Mine", "--classes", "voc21", "--arch", "ViT-B-16", "--json", fresh=True
+    )
     assert done.stderr.count("is code and is run now") == 1, done.stderr
     assert "is code" not in done.stdout
     assert done.stderr.index("is code and is run now") == done.stderr.index("Warning: ") + len(

@@ -25,7 +25,7 @@ from ovbench.results.record import RunRecord
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors"))
+    return str(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors", layers=2))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import warm
 
 from ovbench import benchmarks
 from ovbench.cli.app import run_command
@@ -575,11 +576,10 @@ def test_an_interrupted_sweep_is_continued(
     from ovbench.results import store
 
     synth("voc20", tmp_path / "data", images=60, size=(96, 128))
-    command = [
-        sys.executable, "-m", "ovbench", "sweep", "-m", "clip", "-d", "voc20", "--data-root", "data", "--devices", "cpu",
-        "--set", "weights=builtin", "--set", "templates=plain", "--set", "workers=0", "--json",
-    ]  # fmt: skip
-    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    small = {"weights": "builtin", "templates": "plain", "short_side": "96", "crop": "96", "stride": "96"}
+    command = ["sweep", "-m", "clip", "-d", "voc20", "--data-root", "data", "--devices", "cpu", "--set", "workers=0"]
+    command += [*(word for field in small.items() for word in ("--set", "=".join(field))), "--json"]
+    sweep = warm.Started(warm.ovbench, command, cwd=tmp_path)
 
     def finished() -> int:
         files = list(tmp_path.glob("results/runs/clip/voc20/*.areas.jsonl"))
@@ -587,17 +587,17 @@ def test_an_interrupted_sweep_is_continued(
 
     wait_for(lambda: finished() >= 2)
     sweep.send_signal(signal.SIGINT)
-    _, err = sweep.communicate()
+    _, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 130, err
     (record,) = store.load_all(tmp_path / "results/runs")
     assert record.status == "interrupted" and 2 <= record.metrics.images < 60
     monkeypatch.chdir(tmp_path)
-    assert run_command(command[3:]) == 0
+    assert run_command(command) == 0
     (row,) = json.loads(capsys.readouterr().out)
     (whole,) = store.load_all(tmp_path / "results/runs")
     assert (row["state"], row["run_id"], row["miou"]) == ("done", record.run_id, whole.metrics.miou)
     assert whole.status == "ok" and whole.metrics.images == 60 and whole.spec_hash == record.spec_hash
     assert f"Resuming {record.run_id}: {record.metrics.images} images are done." in Path(row["log"]).read_text()
-    grid = Grid(("clip",), ("voc20",), tmp_path / "data", set={"weights": "builtin", "templates": "plain"})
+    grid = Grid(("clip",), ("voc20",), tmp_path / "data", set=small)
     (job,) = plan([grid], spec_of, results=tmp_path / "results/runs", device="cpu")
     assert job.recorded == record.run_id

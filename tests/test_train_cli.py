@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from ovbench.benchmarks.synth.copies import synth
@@ -30,12 +31,9 @@ def data(tmp_path_factory):
     return synth("ade20k", root, images=3, train_images=6, size=(48, 64), classes=8)
 
 
-def started(data, cwd, *arguments, method="fcn", **process):
-    command = [sys.executable, "-m", "ovbench", "train", "-m", method, "-d", "ade20k", "--data-root", str(data)]
-    return subprocess.Popen(
-        [*command, *SMALL, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **process,
-    )  # fmt: skip
+def started(data, cwd, *arguments, method="fcn"):
+    command = ["train", "-m", method, "-d", "ade20k", "--data-root", str(data), *SMALL, *arguments]
+    return warm.Started(warm.ovbench, command, cwd=cwd)
 
 
 def finished(process):
@@ -185,7 +183,7 @@ def test_two_processes_train_together(data, tmp_path):
 
 def test_a_scheduler_signals_readers_as_well_and_a_checkpoint_is_kept(data, tmp_path):
     arguments = ("--set", "iters=200", "--checkpoint-every", "100", "--no-eval", "--workers", "1")
-    process = started(data, tmp_path, *arguments, start_new_session=True)
+    process = started(data, tmp_path, *arguments)
     logs = tmp_path / "results" / "trainings" / "fcn" / "ade20k"
     while process.poll() is None and not any(path.stat().st_size for path in logs.glob("*/losses.jsonl")):
         time.sleep(0.05)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ovbench.errors import RunError, WeightsError
-from ovbench.models.closed_set import ParameterGroup
+from ovbench.models.trainable import ParameterGroup, Trainable
 from ovbench.train import checkpoint
 from ovbench.train.data import Positions, seed_at, seeded
 from ovbench.train.recipe import Recipe
@@ -36,7 +36,7 @@ class Noise:
         return {"image": torch.randint(0, 255, (3, 8, 8), generator=generator).byte(), "label": label}
 
 
-class Small(nn.Module):
+class Small(Trainable):
     """Convolution, batch norm and dropout: statistics, noise and weights that must all be resumed."""
 
     def __init__(self, explode_at=None):
@@ -148,9 +148,11 @@ def test_signals_ask_once_and_then_end():
 
 
 def test_nan_ends_with_the_last_checkpoint_kept(tmp_path):
-    with pytest.raises(RunError, match=r"NaN or infinity in loss.* after 8 iterations.*grad_clip"):
+    with pytest.raises(RunError, match=r"in loss.* after 8 iterations.*grad_clip.*checkpoint, of iteration 6, is kept"):
         trained(tmp_path, "nan", network=Small(explode_at=8))
     assert [done for done, _ in checkpoint.checkpoints(tmp_path / "nan")] == [6]
+    with pytest.raises(RunError, match=r"after 2 iterations.*Nothing was saved yet"):
+        trained(tmp_path, "early", network=Small(explode_at=2))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -164,7 +166,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
             return found
 
     with pytest.raises(
-        RunError, match=r"NaN or infinity in the weights 'head.bias' after 6 iterations.*checkpoint is kept"
+        RunError, match=r"NaN or infinity in the weights 'head.bias' after 6 iterations.*of iteration 3, is kept"
     ):
         trained(tmp_path, "spoilt", network=Spoilt(), every=3)
     assert [done for done, _ in checkpoint.checkpoints(tmp_path / "spoilt")] == [3]

@@ -29,13 +29,13 @@ def tiny_state(
 
 
 @lru_cache(maxsize=4)
-def _cached(seed: int) -> dict[str, torch.Tensor]:
-    return tiny_state(seed)
+def _cached(seed: int, layers: int) -> dict[str, torch.Tensor]:
+    return tiny_state(seed, layers=layers)
 
 
-def save_tiny(path: Path, seed: int = 0) -> Path:
+def save_tiny(path: Path, seed: int = 0, *, layers: int = 12) -> Path:
     """Writes the state dict as .safetensors and returns the path."""
-    save_file({key: value.contiguous() for key, value in _cached(seed).items()}, path)
+    save_file({key: value.contiguous() for key, value in _cached(seed, layers).items()}, path)
     return path
 
 

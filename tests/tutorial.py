@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from warm import Started, ovbench, python
 
 FENCE = re.compile(r"^```(\w+)(?: +(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -29,31 +29,29 @@ def blocks(page: Path) -> list[Block]:
 def follow(page: Path, folder: Path) -> list[str]:
     """Writes the files and runs the ``sh`` and ``python`` blocks in ``folder``; the output of each that was run.
 
+    Every command is a process of its own, see :mod:`warm`.
+
     Raises:
-        AssertionError: A block ended with another status than 0.
+        AssertionError: A command ended with another status than 0, or a block holds one that is not ``ovbench``.
     """
-    commands = folder.parent / "commands"
-    commands.mkdir()
-    for name, call in (("ovbench", "-m ovbench"), ("python", "")):
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call} "$@"\n')
-        (commands / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
     outputs = []
     for block in blocks(page):
         if block.file:
             (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.text, encoding="utf-8")
-        elif block.language in ("sh", "python"):
-            shell = ["sh", "-e", "-c"] if block.language == "sh" else ["python", "-c"]
-            done = subprocess.run(
-                [*shell, block.text],
-                capture_output=True,
-                text=True,
-                cwd=folder,
-                env=environment,
-                timeout=600,
-                check=False,
-            )
-            assert done.returncode == 0, f"{page.name}:\n{block.text}\n{done.stdout}\n{done.stderr}"
-            outputs.append(done.stdout)
+        elif block.language == "python":
+            outputs.append(_output(Started(python, block.text, cwd=folder), f"{page.name}:\n{block.text}"))
+        elif block.language == "sh":
+            lines = block.text.replace("\\\n", " ").splitlines()
+            commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+            plain = not set(block.text) & set("$|&;<>*~`") and all(words[0] == "ovbench" for words in commands)
+            assert plain, f"{page.name} needs more than calls of ovbench:\n{block.text}"
+            done = [_output(Started(ovbench, words[1:], cwd=folder), f"{page.name}: {words}") for words in commands]
+            outputs.append("".join(done))
     return outputs
+
+
+def _output(process: Started, what: str) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, f"{what}\n{out}\n{err}"
+    return out

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,10 +145,8 @@ def spec_of(arguments: Sequence[str]) -> RunSpec:
     Raises:
         UsageError: As ``ovbench run`` would.
     """
-    app = typer.Typer()
-    app.command("run")(run)
     try:
-        context = typer.main.get_command(app).make_context("run", list(arguments))
+        context = _parser().make_context("run", list(arguments))
     except Exception as error:
         message = getattr(error, "format_message", None)  # typer's copy of click has no public names for its errors
         if not callable(message):
@@ -156,6 +155,14 @@ def spec_of(arguments: Sequence[str]) -> RunSpec:
     device = context.params["device"]  # the run's own business: this machine may have none, or be another
     named = None if device is None else device.partition(":")[0]
     return _spec({**context.params, "device": named, "launcher": "none"})
+
+
+@cache
+def _parser() -> Any:
+    """What reads the options of :func:`run`; made once, since a sweep asks it for every job."""
+    app = typer.Typer()
+    app.command("run")(run)
+    return typer.main.get_command(app)
 
 
 def _spec(given: Mapping[str, Any]) -> RunSpec:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ovbench.cli import options as o
-from ovbench.cli.console import console, print_json, print_rich, print_text, progress, say
-from ovbench.cli.inputs import default_device, local_rank, parse_options, require_own_scenes
+from ovbench.cli.console import print_json, print_rich, print_text, progress, say
+from ovbench.cli.inputs import own_device, parse_options, require_own_scenes
 from ovbench.cli.run import show as show_run
+from ovbench.cli.train_progress import bars
 
 if TYPE_CHECKING:
     from ovbench.train.plan import Plan
@@ -31,6 +30,8 @@ def train(
     demo: o.Demo = False,
     arch: o.Arch = None,
     weights: o.Weights = None,
+    init: Annotated[str | None, typer.Option(metavar="FILE", help="Start from a whole closed-set network: a training's model.safetensors, of the method or of its host, or a checkpoint of mmseg.", rich_help_panel=HOW)] = None,
+    new_classes: Annotated[bool, typer.Option("--new-classes", help="With --init: its classes are others, so what depends on them begins anew.", rich_help_panel=HOW)] = False,
     templates: o.Prompts = None,
     option: o.MethodOptions = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON or YAML file with fields of the recipe; those it lacks are the method's.", rich_help_panel=HOW)] = None,
@@ -41,6 +42,7 @@ def train(
     workers: o.Workers = None,
     resume: o.Resume = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, metavar="N", help="Iterations between checkpoints.", rich_help_panel=o.WORK)] = 1000,
+    val_every: Annotated[int | None, typer.Option("--val-every", min=1, metavar="N", help="Evaluate on the validation split every N iterations and keep the best weights; moves no weight of the training.", rich_help_panel=o.WORK)] = None,
     launcher: o.Launcher = "none",
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the losses for TensorBoard.", rich_help_panel=o.WORK)] = False,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate the weights on the validation split afterwards.", rich_help_panel=o.WORK)] = True,
@@ -61,6 +63,8 @@ def train(
     ovbench train -m caa-psp -d ade20k --data-root ~/data --weights resnet50_v1c.pth --device cuda --set amp=float16
     ovbench train -m ecac-fcn -d context59 --data-root ~/data --dry-run
     ovbench train -m psp -d ade20k --data-root ~/data --limit-iters 200 --no-eval
+    ovbench train -m caa-psp -d ade20k --data-root ~/data --val-every 8000
+    ovbench train -m ecac-psp -d context59 --data-root ~/data --init psp.safetensors --new-classes --set head_lr_mult=10
     torchrun --nproc-per-node 4 -m ovbench train -m psp -d ade20k --data-root ~/data --launcher pytorch
     ovbench run -m caa-psp -d ade20k --data-root ~/data --weights results/trainings/.../model.safetensors -p closed-set-ms
     """
@@ -72,16 +76,17 @@ def train(
     from ovbench.train.plan import TrainOptions, plan
     from ovbench.train.training import train as start
 
-    with _bars(launcher) as (on_iteration, on_count):
+    with bars(launcher) as (on_iteration, on_count):
         where = TrainOptions(
             data_root=data_root, results=trainings, resume=resume, workers=workers, checkpoint_every=checkpoint_every,
-            tensorboard=tensorboard, launcher=launcher, command=shlex.join(["ovbench", *sys.argv[1:]]),
+            val_every=val_every, tensorboard=tensorboard, launcher=launcher, command=shlex.join(["ovbench", *sys.argv[1:]]),
             on_iteration=on_iteration, on_count=on_count, on_message=say,
         )  # fmt: skip
         planned = plan(
             method, dataset, arch=arch, weights=weights, method_options=parse_options(option), recipe_file=recipe,
             changes=parse_options(changes, "--set"), limit_iters=limit_iters, sentences=templates, seed=seed,
-            device=device or _own_device(launcher), demo=demo, options=where,
+            device=own_device(device, launcher), demo=demo, init=init, new_classes=new_classes,
+            options=where,
         )  # fmt: skip
         if dry_run:
             print_json(planned.spec.model_dump(mode="json")) if json else show_plan(planned)
@@ -95,89 +100,21 @@ def train(
         show(record, folder)
     if evaluate:
         from ovbench.evaluate import run as evaluation
-        from ovbench.spec import protocol
+        from ovbench.train.validation import evaluation_of
 
-        spec = record.spec
         with progress("images") as on_images:
             found = evaluation(
-                {
-                    "method": method,
-                    "dataset": spec.dataset,
-                    "weights": str(folder / "model.safetensors"),
-                    "protocol": protocol("paper", spec.dataset, method=method, **_sides(method, spec.recipe)),
-                    "device": spec.device,
-                },
+                evaluation_of(record.spec, folder / "model.safetensors"),
                 data_root=planned.root,
                 results=runs,
                 workers=workers,
+                skip_recorded=resume,
                 command=shlex.join(["ovbench", *sys.argv[1:]]),
                 on_images=on_images,
                 on_message=say,
             )
         if not json:
             show_run(found, runs)
-
-
-def _sides(method: str, recipe: Any) -> dict[str, int]:
-    """The size that images had in training, for the evaluation of a closed-set method; others have a protocol of their own."""
-    from ovbench.registry import method_info
-
-    if method_info(method).takes_words:
-        return {}
-    return {"long_side": max(recipe.resize), "short_side": min(recipe.resize)}
-
-
-def _own_device(launcher: str) -> str:
-    """The default device, with several processes a GPU for each."""
-    device = default_device()
-    return device if device != "cuda" or launcher == "none" else f"cuda:{local_rank()}"
-
-
-@contextmanager
-def _bars(launcher: str) -> Iterator[tuple[Callable[..., None], Callable[[int, int], None]]]:
-    """Progress of iterations (with losses and remaining time) and of counted files, on stderr."""
-    from time import monotonic
-
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    target = console(sys.stderr)
-    told = [monotonic()]
-    if not target.is_terminal or launcher != "none":
-
-        def tell(done: int, total: int, lr: float, losses: dict[str, float]) -> None:
-            if monotonic() - told[0] > 30 or done == total:
-                told[0] = monotonic()
-                say(f"{done}/{total} iterations  lr {lr:.3g}  {_losses(losses)}")
-
-        yield tell, lambda done, total: None
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=target, transient=True, speed_estimate_period=120) as bar:
-        training = bar.add_task("training", total=None, text="", visible=False)
-        counting = bar.add_task("counting pixels of classes", total=None, text="", visible=False)
-
-        def step(done: int, total: int, lr: float, losses: dict[str, float]) -> None:
-            bar.update(training, completed=done, total=total, text=f"lr {lr:.3g}  {_losses(losses)}", visible=True)
-
-        def count(done: int, total: int) -> None:
-            bar.update(counting, completed=done, total=total, visible=done < total)
-
-        yield step, count
-
-
-def _losses(losses: dict[str, float]) -> str:
-    total = sum(value for name, value in losses.items() if "loss" in name and name != "loss")
-    return f"loss {losses.get('loss', total):.4g}"
 
 
 def show_plan(planned: Plan) -> None:
@@ -220,5 +157,11 @@ def show(record: TrainRecord, folder: Path) -> None:
         print_text("demo: generated scenes. A check of the pipeline, no evidence about the method.")
     if record.iterations < spec.planned:
         print_text("trial: not the whole schedule. Kept out of tables of results.")
+    if record.validation:
+        best, last = max(record.validation, key=lambda point: point.miou), record.validation[-1]
+        print_text(
+            f"validation: best mIoU {best.miou:.2f} after {best.iteration}, last {last.miou:.2f} after {last.iteration}"
+        )
+        print_text(f"best     {folder / 'best.safetensors'}")
     for name, file in (("weights", "model.safetensors"), ("record", "training.json"), ("picture", "losses.png")):
         print_text(f"{name:8s} {folder / file}")

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.labels import LabelFault
 from ovbench.errors import DataError, OvbenchError, RunError
 from ovbench.evaluate.faults import clear_error
 from ovbench.evaluate.ranks import Team
+from ovbench.evaluate.readers import Readers
 from ovbench.evaluate.shard_lines import ImageResult
 from ovbench.evaluate.shards import Shard
-from ovbench.evaluate.signals import held_back, leave_signals
+from ovbench.evaluate.signals import held_back
 from ovbench.measure.timing import Stopwatch
 from ovbench.mm.compat import import_mmseg
 from ovbench.ops.areas import areas
@@ -126,21 +127,9 @@ def batches(count: int, size: int, done: Collection[int]) -> list[list[int]]:
     return [batch for batch in found if any(index not in done for index in batch)]
 
 
-class Readers(DataLoader[Any]):
+def readers(images: Images, batches: list[list[int]], workers: int) -> Readers:
     """Batches, read by ``workers`` processes, as a dict of ``inputs``, ``data_samples`` and a list ``failed``."""
-
-    def __init__(self, images: Images, batches: list[list[int]], workers: int) -> None:
-        super().__init__(
-            images,
-            batch_sampler=batches,
-            num_workers=min(workers, len(batches)),
-            collate_fn=_collate,
-            worker_init_fn=leave_signals,
-        )
-
-    def __iter__(self) -> Any:
-        with held_back():  # a process that is being started would take the signal as its own
-            return super().__iter__()
+    return Readers(images, batch_sampler=batches, num_workers=min(workers, len(batches)), collate_fn=_collate)
 
 
 def _collate(samples: Sequence[Any]) -> dict[str, Any]:
@@ -269,7 +258,7 @@ class EvaluationLoop(TestLoop):  # type: ignore[misc]
 
     Args:
         runner: The Runner.
-        dataloader: Images that are not done yet.
+        dataloader: :class:`Readers` of images that are not done yet.
         evaluator: Holds :class:`AreaMetric`.
         monitor: See :class:`Monitor`.
     """
@@ -284,7 +273,8 @@ class EvaluationLoop(TestLoop):  # type: ignore[misc]
         self.monitor.tell()
         start = time.perf_counter()
         try:
-            metrics: dict[str, float] = super().run()
+            with self.dataloader:
+                metrics: dict[str, float] = super().run()
         finally:
             self.monitor.loop_seconds = time.perf_counter() - start
         return metrics

@@ -283,14 +283,7 @@ def join(launcher: str) -> Team:
     require_launcher(launcher)
     if launcher == "none":
         return Team()
-    if launcher == "slurm":
-        _name_as_torchrun()
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UsageError(
-            f"--launcher pytorch is for processes that torchrun has started ({', '.join(missing)} not set): "
-            "torchrun --nproc-per-node 4 -m ovbench run ... --launcher pytorch"
-        )
+    require_started(launcher)
     timeout = _timeout()
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -303,6 +296,22 @@ def join(launcher: str) -> Team:
     if world == 1:
         return Team()
     return Team(PrefixStore(f"ovbench-run-{next(_calls)}", store), rank, world, timeout)
+
+
+def require_started(launcher: str) -> None:
+    """Nothing, if that launcher has started this process; what slurm calls it then stands under torchrun's names as well.
+
+    Raises:
+        UsageError: It has not.
+    """
+    if launcher == "slurm":
+        _name_as_torchrun()
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(
+            f"--launcher pytorch is for processes that torchrun has started ({', '.join(missing)} not set): "
+            "torchrun --nproc-per-node 4 -m ovbench run ... --launcher pytorch"
+        )
 
 
 def _timeout() -> float:

@@ -34,7 +34,7 @@ def evaluate_images(state: State, benchmark: Benchmark, root: Path, model: Model
     """
     from mmengine.evaluator import Evaluator
 
-    from ovbench.evaluate.loop import AreaMetric, EvaluationLoop, EvaluationRunner, Images, Monitor, Readers, batches
+    from ovbench.evaluate.loop import AreaMetric, EvaluationLoop, EvaluationRunner, Images, Monitor, batches, readers
     from ovbench.mm.segmentor import OpenVocabSegmentor
 
     spec, options, team = state.spec, state.options, state.team
@@ -69,7 +69,7 @@ def evaluate_images(state: State, benchmark: Benchmark, root: Path, model: Model
         runner = EvaluationRunner(
             model=segmentor,
             work_dir=work_dir,
-            test_dataloader=Readers(images, own, workers),
+            test_dataloader=readers(images, own, workers),
             test_evaluator=Evaluator([AreaMetric(benchmark, monitor)]),
             test_cfg={"type": EvaluationLoop, "monitor": monitor},
             default_hooks=dict.fromkeys(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, runtime_checkable
+from typing import Protocol as Interface
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ovbench.errors import UsageError, unknown_name
 from ovbench.models.base import CostForward
 from ovbench.models.method import NoOptions, configured
 from ovbench.models.public_file import PublicFile
+from ovbench.models.trainable import ParameterGroup, Trainable
 from ovbench.models.windowed import WindowedModel
 from ovbench.ops.assemble import Weights
 from ovbench.ops.labels import decide, decide_views
@@ -26,24 +28,6 @@ from ovbench.ops.patch_logits import PatchLogits
 from ovbench.spec import DType, Protocol
 
 POLICIES = ("all", "frozen-encoder")
-
-
-class ParameterGroup(NamedTuple):
-    """Parameters that are trained alike.
-
-    Attributes:
-        name: Part of the network, for the report.
-        parameters: The tensors.
-        lr_mult: Factor on the recipe's learning rate.
-        decay_mult: Factor on its weight decay.
-        undecayed: Those of the tensors that do not decay at all.
-    """
-
-    name: str
-    parameters: tuple[nn.Parameter, ...]
-    lr_mult: float = 1.0
-    decay_mult: float = 1.0
-    undecayed: tuple[nn.Parameter, ...] = ()
 
 
 class ClosedSetMethod:
@@ -132,7 +116,16 @@ class ClosedSetMethod:
         return False
 
 
-class ClosedSetNetwork(nn.Module):
+@runtime_checkable
+class CoarseHead(Interface):
+    """A decode head with a second classifier that does not decide, as CAA's and ECAC's."""
+
+    def coarse_logits(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Logits (B, K, h, w) of that classifier, from the encoder's maps."""
+        ...
+
+
+class ClosedSetNetwork(Trainable):
     """An mmseg ``EncoderDecoder`` behind the normalisation of its encoder, for evaluation and for training.
 
     Args:
@@ -140,6 +133,9 @@ class ClosedSetNetwork(nn.Module):
         mean: RGB means (0..255) of the encoder's training images.
         std: Deviations.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, segmentor: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -150,7 +146,7 @@ class ClosedSetNetwork(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, w), RGB 0..255, as the encoder wants them, float32."""
-        return (images.float() - self.mean) / self.std  # type: ignore[operator]
+        return (images.float() - self.mean) / self.std
 
     def forward(self, batch: Tensor) -> Tensor:
         """Logits (B, K, h, w) on the head's own grid of normalised images (B, 3, H, W)."""
@@ -171,6 +167,28 @@ class ClosedSetNetwork(nn.Module):
         found: dict[str, Tensor] = self.segmentor.loss(self.normalise(images), samples)
         return found
 
+    def branches(self) -> tuple[str, ...]:
+        """``auxiliary`` (with a number where there are several) and ``coarse``, as far as the network has them."""
+        count = 0
+        if self.segmentor.with_auxiliary_head:
+            heads = self.segmentor.auxiliary_head
+            count = len(heads) if isinstance(heads, nn.ModuleList) else 1
+        names = ["auxiliary"] if count == 1 else [f"auxiliary_{number}" for number in range(count)]
+        return (*names, "coarse") if isinstance(self.segmentor.decode_head, CoarseHead) else tuple(names)
+
+    def branch_logits(self, batch: Tensor) -> dict[str, Tensor]:
+        """See :meth:`ovbench.models.trainable.Trainable.branch_logits`."""
+        maps = self.segmentor.extract_feat(batch)
+        found = {}
+        for name in self.branches():
+            if name == "coarse":
+                found[name] = self.segmentor.decode_head.coarse_logits(maps)
+                continue
+            heads = self.segmentor.auxiliary_head
+            head = heads[int(name.split("_")[1])] if isinstance(heads, nn.ModuleList) and len(heads) > 1 else heads
+            found[name] = (head[0] if isinstance(head, nn.ModuleList) else head)(maps)
+        return found
+
     def train(self, mode: bool = True) -> ClosedSetNetwork:
         """Training mode, in which a frozen encoder's batch statistics stay as they are, or evaluation."""
         super().train(mode)
@@ -181,7 +199,8 @@ class ClosedSetNetwork(nn.Module):
     def parameter_groups(self, policy: str) -> list[ParameterGroup]:
         """What is trained, under the policies ``all`` and ``frozen-encoder``.
 
-        Norms and biases decay as everything does, as in the configs of mmseg that the recipes follow.
+        Norms and biases decay as everything does, as in the configs of mmseg that the recipes follow, unless a recipe says
+        otherwise (``norm_decay``).
 
         Raises:
             UsageError: Unknown policy.
@@ -197,7 +216,9 @@ class ClosedSetNetwork(nn.Module):
         self.frozen_encoder = policy == "frozen-encoder"
         if self.frozen_encoder:
             del parts["encoder"]
-        return [ParameterGroup(name, tuple(part.parameters())) for name, part in parts.items()]
+        return [
+            ParameterGroup(name, tuple(part.parameters()), head=name.endswith("_head")) for name, part in parts.items()
+        ]
 
 
 class ClosedSetModel(WindowedModel):
@@ -240,7 +261,7 @@ class ClosedSetModel(WindowedModel):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return self.trunk.mean.device  # type: ignore[return-value]
+        return self.trunk.mean.device
 
     @property
     def num_classes(self) -> int:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovbench.errors import OvbenchWarning, UsageError, unknown_name
 from ovbench.models.backbone_constants import Backbone, Constants, constants_of, in_force
 from ovbench.models.base import Stage
+from ovbench.models.trainable import Trainable
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.ops.full_precision import product
 from ovbench.ops.patch_logits import PatchLogits
@@ -43,7 +44,7 @@ class Vocabulary:
     logit_scale: float
 
 
-class Method(nn.Module):
+class Method(Trainable):
     """Base of all training-free methods: override :meth:`features`.
 
     Class attributes:
@@ -165,26 +166,6 @@ class Method(nn.Module):
     def use_precision(self, dtype: torch.dtype) -> None:
         """Keep the networks' matrices in ``dtype``; a method with a second backbone converts it here as well."""
         self.clip.use_precision(dtype)
-
-    def recompute_activations(self) -> None:
-        """Keep less for the backward pass of a training and compute it again: the same losses and gradients, less memory.
-
-        Raises:
-            UsageError: Where nothing that is trained is deep enough for it.
-        """
-        raise UsageError(
-            f"{type(self).__name__} trains nothing through whose depth activations are kept: leave "
-            "checkpoint_activations away."
-        )
-
-    def loss_share(self, labels: Tensor, part: slice) -> float:
-        """Share of the losses of a batch that those of some of its images have, where both are means.
-
-        Args:
-            labels: (B, H, W), int64, 255 ignored.
-            part: Which images.
-        """
-        return len(labels[part]) / len(labels)
 
     def cache_proposals(self, limit: int) -> None:
         """Raises ``UsageError``: only mask-based methods have proposals that can be kept on disk."""

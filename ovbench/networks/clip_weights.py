@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,16 @@ def load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str)
         raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
 
 
+@lru_cache(maxsize=8)
+def _tokenizer(arch: str) -> Any:
+    """Of an architecture of open_clip, or OpenAI's for others; reading its vocabulary takes a tenth of a second."""
+    import open_clip
+
+    return (
+        open_clip.get_tokenizer(arch) if open_clip.get_model_config(arch) is not None else open_clip.SimpleTokenizer()
+    )
+
+
 def _described(
     model: nn.Module,
     arch: str,
@@ -362,8 +373,7 @@ def _described(
     import open_clip
 
     if tokenizer is None:
-        known = open_clip.get_model_config(arch) is not None
-        tokenizer = open_clip.get_tokenizer(arch) if known else open_clip.SimpleTokenizer()
+        tokenizer = _tokenizer(arch)
     preprocess = getattr(model.visual, "preprocess_cfg", None) or {}
     mean, std = OPENAI_MEAN, OPENAI_STD
     given = (

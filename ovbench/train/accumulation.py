@@ -6,14 +6,15 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ovbench.errors import UsageError
+from ovbench.models.trainable import Trainable
 from ovbench.train.recipe import Recipe
 
 
-def prepare(network: nn.Module, recipe: Recipe, world: int = 1) -> None:
+def prepare(network: Trainable, recipe: Recipe, world: int = 1) -> None:
     """Makes the network keep what the recipe says, after refusing what would not be exact.
 
     Args:
@@ -30,22 +31,17 @@ def prepare(network: nn.Module, recipe: Recipe, world: int = 1) -> None:
             f"{recipe.batch // world} images per process cannot be taken in {recipe.accumulate} parts: --set accumulate=..."
         )
     statistics = any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
-    for name, wanted in (
-        ("accumulate", recipe.accumulate > 1),
-        ("checkpoint_activations", recipe.checkpoint_activations),
+    for name, wanted, remedy in (
+        ("accumulate", recipe.accumulate > 1 and not recipe.norm_of_parts, "--set norm_of_parts=true to have it so, "),
+        ("checkpoint_activations", recipe.checkpoint_activations, ""),
     ):
         if wanted and statistics:
             raise UsageError(
-                f"{name} would change what batch norm sees, so the weights would not be those of the recipe: take a smaller "
-                "batch or crop, --set amp=bfloat16, or several processes."
+                f"{name} would change what batch norm sees, so the weights would not be those of the recipe: {remedy}"
+                "a smaller batch or crop, --set amp=bfloat16, or several processes."
             )
     if recipe.checkpoint_activations:
-        again = getattr(network, "recompute_activations", None)
-        if again is None:
-            raise UsageError(
-                f"{type(network).__name__} cannot compute activations again: leave checkpoint_activations away."
-            )
-        again()
+        network.recompute_activations()
 
 
 def slices(images: int, parts: int) -> list[slice]:
@@ -71,7 +67,7 @@ def step(model: Any, plain: Any, batch: dict[str, Any], wrapper: Any, parts: int
     told: dict[str, Tensor] = {}
     chosen = slices(len(whole["label"]), parts)
     for number, part in enumerate(chosen):
-        share = _share(plain.network, whole["label"], part) if parts > 1 else 1.0
+        share = plain.network.loss_share(whole["label"], part) if parts > 1 else 1.0
         later = number < len(chosen) - 1 and hasattr(model, "no_sync")  # gradients are exchanged once
         with model.no_sync() if later else nullcontext():
             with wrapper.optim_context(model):
@@ -83,10 +79,3 @@ def step(model: Any, plain: Any, batch: dict[str, Any], wrapper: Any, parts: int
     wrapper.step()
     wrapper.zero_grad()
     return told
-
-
-def _share(network: Any, labels: Tensor, part: slice) -> float:
-    """Share of a batch's losses that a part has: what the network says, else that of its images."""
-    own = getattr(network, "loss_share", None)
-    share: float = len(labels[part]) / len(labels) if own is None else own(labels, part)
-    return share

@@ -1,4 +1,4 @@
-"""Losses over the iterations as a picture."""
+"""Losses and validation scores over the iterations as pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ovbench.train.record import read_losses
+from ovbench.train.record import ValidationPoint, read_losses
 
 
 def smoothed(values: Sequence[float], span: int) -> np.ndarray:
@@ -50,6 +50,39 @@ def plot_losses(logs: Mapping[str, Path], out: Path, title: str) -> Path | None:
         axes.grid(alpha=0.3)
         if index == 0 and len(found) > 1:
             axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def plot_validation(points: Sequence[ValidationPoint], out: Path, title: str) -> Path | None:
+    """MIoU of the weights and of each branch over the iterations, the best marked, as a PNG; None without any score."""
+    if not points:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [point.iteration for point in points]
+    best = max(points, key=lambda point: point.miou)
+    (line,) = axes.plot(
+        steps, [point.miou for point in points], marker="o", markersize=3, label="network", linewidth=1.8
+    )
+    axes.plot([best.iteration], [best.miou], marker="*", markersize=11, color=line.get_color(), linestyle="none")
+    for name in sorted({name for point in points for name in point.branches}):
+        axes.plot(
+            steps,
+            [point.branches.get(name, float("nan")) for point in points],
+            label=name,
+            linewidth=1.2,
+            linestyle="--",
+        )
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("mIoU (%) on the validation split")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

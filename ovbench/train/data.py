@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ovbench.benchmarks import names
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
-from ovbench.evaluate.signals import leave_signals
+from ovbench.evaluate.readers import Readers
 from ovbench.ops.panoptic import NO_SEGMENT, Segments
 from ovbench.train.recipe import Recipe
 
@@ -194,9 +194,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: values if key == "segments" else torch.stack(values) for key, values in batch.items()}
 
 
-def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> DataLoader[dict[str, Any]]:
+def loader(images: TrainingSet, positions: Positions, workers: int, device: str) -> Readers:
     """Batches of one process, from the position on that ``positions`` starts with."""
-    return DataLoader(
+    return Readers(
         images,
         batch_size=positions.batch,
         sampler=positions,
@@ -205,5 +205,4 @@ def loader(images: TrainingSet, positions: Positions, workers: int, device: str)
         pin_memory=device == "cuda",
         collate_fn=collate,
         drop_last=True,
-        worker_init_fn=leave_signals,
     )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
 from ovbench.hashing import sha256_of_file
-from ovbench.models.closed_set import ParameterGroup
+from ovbench.models.closed_set_start import arch_of, start_from
 from ovbench.models.closed_set_weights import TRAINING_ONLY, build_network, configured_method
 from ovbench.models.resolve import resolve
+from ovbench.models.trainable import ParameterGroup, Trainable, norms_and_biases
 from ovbench.paths import user_path
 from ovbench.registry import class_of, method_info
 from ovbench.spec import protocol
@@ -34,15 +35,17 @@ class Subject:
         text: How classes become sentences, for the spec; empty where there are none.
         weights_sha256: Hash of the file that training starts from; None where that is random.
         exported: Which part of the state is needed to evaluate.
+        start: What was taken of a whole network's file, in words; None without one.
     """
 
-    network: nn.Module
+    network: Trainable
     takes_segments: bool
     options: dict[str, Any]
     arch: str
     text: dict[str, str | None]
     weights_sha256: str | None
     exported: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    start: str | None = None
 
 
 def recipes(method: str) -> dict[str, dict[str, Any]]:
@@ -100,8 +103,10 @@ def open_vocabulary_subject(
     built.set_training_classes(words, chosen)
 
     def exported(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = {key: value.clone() for key, value in built.state_dict().items()}  # a running mean is not what is trained
         built.load_state_dict(state)
-        tensors: dict[str, Tensor] = built.public_state()
+        tensors = {key: value.clone() for key, value in built.public_state().items()}
+        built.load_state_dict(own)
         return tensors
 
     return Subject(
@@ -130,6 +135,9 @@ def closed_set_subject(
     seed: int,
     device: str,
     class_frequencies: Sequence[int] | None = None,
+    init: str | None = None,
+    class_names: Sequence[str] = (),
+    new_classes: bool = False,
 ) -> Subject:
     """The network of a closed-set method, ready to be trained.
 
@@ -142,10 +150,19 @@ def closed_set_subject(
         seed: Of random weights.
         device: Torch device.
         class_frequencies: Pixels of each class, where :func:`needs_class_frequencies`.
+        init: File with a whole network to start from.
+        class_names: Classes in label order, for ``init``.
+        new_classes: Those of ``init`` may be others.
+
+    Raises:
+        UsageError: Two files to start from.
+        WeightsError: One that cannot be read or does not fit.
     """
     chosen = configured_method(method, options)
-    arch = arch or chosen.DEFAULT_ARCH
+    arch = arch or (None if init is None else arch_of(init, chosen)) or chosen.DEFAULT_ARCH
     file = None if weights == "random" else str(user_path(weights))
+    if init is not None and file is not None:
+        raise UsageError("--init brings the encoder along: leave --weights away.")
     network = build_network(
         chosen,
         arch,
@@ -155,6 +172,10 @@ def closed_set_subject(
         class_frequencies=class_frequencies,
         encoder_weights=file,
     )
+    start = None
+    if init is not None:
+        start = start_from(init, network, chosen, arch, class_names, new_classes=new_classes)
+        network.load_state_dict(start.state, strict=False)
     extra = tuple(f"segmentor.{part}" for part in TRAINING_ONLY)
     return Subject(
         network=network.to(device).train(),
@@ -164,6 +185,7 @@ def closed_set_subject(
         text={},
         weights_sha256=None if file is None else sha256_of_file(Path(file)),
         exported=lambda state: {key: value for key, value in state.items() if not key.startswith(extra)},
+        start=None if start is None else start.told(),
     )
 
 
@@ -177,13 +199,35 @@ def _group(network: nn.Module, group: Any) -> ParameterGroup:
     return ParameterGroup(group["name"], parameters, group["lr_mult"], group["weight_decay_mult"], undecayed)
 
 
-def choose_parameters(network: Any, policy: str) -> tuple[list[ParameterGroup], tuple[PartReport, ...]]:
+def choose_parameters(
+    network: Any, policy: str, *, head_lr_mult: float = 1.0, norm_decay: bool = True
+) -> tuple[list[ParameterGroup], tuple[PartReport, ...]]:
     """What a policy trains, all else frozen, and the report of it by part.
 
+    Args:
+        network: What is trained.
+        policy: Which of its parameters.
+        head_lr_mult: Factor on the learning rate of heads.
+        norm_decay: False leaves norms and biases undecayed.
+
     Raises:
-        UsageError: Unknown policy.
+        UsageError: Unknown policy; a factor for heads of a network without any.
     """
     groups = [_group(network, group) for group in network.parameter_groups(policy)]
+    if head_lr_mult != 1 and not any(group.head for group in groups):
+        raise UsageError("head_lr_mult is for closed-set methods: no part of this network is a decode head.")
+    still = set() if norm_decay else norms_and_biases(network)
+    groups = [
+        group._replace(
+            lr_mult=group.lr_mult * (head_lr_mult if group.head else 1.0),
+            undecayed=tuple(
+                parameter
+                for parameter in group.parameters
+                if id(parameter) in still or any(parameter is one for one in group.undecayed)
+            ),
+        )
+        for group in groups
+    ]
     chosen = {id(parameter) for group in groups for parameter in group.parameters}
     frozen = 0
     for parameter in network.parameters():

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.errors import UsageError
-from ovbench.hashing import sha256_of
+from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.paths import cache_dir, user_path
 from ovbench.train import processes
 from ovbench.train import record as records
 from ovbench.train.record import TrainSpec
 
 if TYPE_CHECKING:
-    from ovbench.models.closed_set import ParameterGroup
+    from ovbench.models.trainable import ParameterGroup
     from ovbench.train.network import Subject
 
 DEMO: dict[str, Any] = {
@@ -38,6 +38,7 @@ class TrainOptions:
         resume: Continue the newest unfinished training of the same spec.
         workers: Processes that read images; None chooses.
         checkpoint_every: Iterations between checkpoints.
+        val_every: Iterations between validations; None: none.
         tensorboard: Also write the losses for TensorBoard.
         launcher: What started the processes: none, pytorch (torchrun) or slurm.
         command: Command line for the record.
@@ -51,6 +52,7 @@ class TrainOptions:
     resume: bool = False
     workers: int | None = None
     checkpoint_every: int = 1000
+    val_every: int | None = None
     tensorboard: bool = False
     launcher: str = "none"
     command: str | None = None
@@ -96,6 +98,8 @@ def plan(
     seed: int = 0,
     device: str = "cpu",
     demo: bool = False,
+    init: str | None = None,
+    new_classes: bool = False,
     options: TrainOptions | None = None,
 ) -> Plan:
     """Everything of a training that can be known, and refused, before it starts.
@@ -114,6 +118,8 @@ def plan(
         seed: Of everything that is drawn.
         device: Torch device.
         demo: On generated scenes, with a small encoder.
+        init: File with a whole closed-set network to start from.
+        new_classes: What depends on the classes may begin anew then.
         options: Where things lie.
 
     Raises:
@@ -154,6 +160,8 @@ def plan(
         raise UsageError(f"A batch of {recipe.batch} images cannot be split over {world} processes: --set batch=...")
     with processes.first_alone(where.launcher, rank):
         root, synthetic = _data(benchmark, where, demo)
+    if where.val_every is not None:
+        benchmarks.get(dataset).pairs(root)  # missing images are told now, not at the first validation
     fingerprint = benchmark.fingerprint(root)
     names = [pair.stem for pair in benchmark.pairs(root)]
     used = chosen_images(len(names), recipe.data_fraction, seed)
@@ -182,12 +190,19 @@ def plan(
             seed=seed,
             device=device,
             class_frequencies=frequencies,
+            init=init,
+            class_names=benchmark.class_names,
+            new_classes=new_classes,
         )
     else:
+        if init is not None:
+            raise UsageError(f"--init is for closed-set methods: '{method}' starts from its own file with --weights.")
         subject = subjects.open_vocabulary_subject(
             method, chosen, arch, weights, benchmark, sentences=sentences, seed=seed, device=device
         )
-    groups, parts = subjects.choose_parameters(subject.network, recipe.policy)
+    groups, parts = subjects.choose_parameters(
+        subject.network, recipe.policy, head_lr_mult=recipe.head_lr_mult, norm_decay=recipe.norm_decay
+    )
     accumulation.prepare(subject.network, recipe, world)
     spec = TrainSpec(
         method=info.name,
@@ -195,6 +210,8 @@ def plan(
         arch=subject.arch,
         weights=Path(weights).name if user_path(weights).is_file() else weights,
         weights_sha256=subject.weights_sha256,
+        init=None if init is None else user_path(init).name,
+        init_sha256=None if init is None else sha256_of_file(user_path(init)),
         **subject.text,
         dataset=benchmark.name,
         dataset_version=benchmark.version,

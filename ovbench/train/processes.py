@@ -5,37 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ovbench.errors import UsageError
-
 
 def join(launcher: str, device: str) -> tuple[int, int]:
     """Number of this process and of all processes, joined to the others now.
 
     Args:
         launcher: ``none``, ``pytorch`` or ``slurm``.
-        device: Where this process trains.
+        device: Where this process trains; which of several GPUs is torch's current one, whoever has chosen it.
 
     Raises:
-        UsageError: slurm without GPUs.
+        UsageError: The launcher has not started this process.
     """
     if launcher == "none":
         return 0, 1
-    from ovbench.mm.compat import prepare
-
-    prepare()
     import torch
-    from mmengine.dist import get_rank, get_world_size, init_dist, is_distributed
 
-    if not is_distributed():
-        if device.startswith("cuda"):
-            init_dist(launcher, backend="nccl")
-        elif launcher == "pytorch":
-            torch.distributed.init_process_group("gloo")  # mmengine's way asks for a GPU
-        else:
-            raise UsageError(
-                "--launcher slurm trains on GPUs, and there is none. On CPUs: torchrun and --launcher pytorch."
-            )
-    return get_rank(), get_world_size()
+    from ovbench.evaluate.ranks import require_started
+
+    if not torch.distributed.is_initialized():
+        require_started(launcher)
+        # Not mmengine's way, which takes the GPU of the task's number, also where each task sees one GPU.
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def agreed(text: str, launcher: str) -> str:

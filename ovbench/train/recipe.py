@@ -14,10 +14,29 @@ from ovbench.paths import user_path
 from ovbench.spec import long_dtype, validated
 
 # Fields that the first released trainings do not have: at their defaults, which is what was done before, no hash knows them.
-ADDED_LATER = ("accumulate", "checkpoint_activations", "data_fraction")
+ADDED_LATER = (
+    "accumulate", "checkpoint_activations", "data_fraction", "norm_of_parts", "head_lr_mult", "norm_decay",
+)  # fmt: skip
 # Fields that move the weights by rounding at most: a trained file need not tell them.
 SAME_WEIGHTS = ("accumulate", "checkpoint_activations")
 ANY = "*"  # stands for every benchmark that a method has no own recipe for
+
+
+def _no_restarts(value: Any) -> Any:
+    """The schedule as given.
+
+    Raises:
+        ValueError: One with warm restarts.
+    """
+    if "restart" in str(value).lower():
+        raise ValueError(
+            "a schedule falls once: after a warm restart nothing would tell the end of a training from its middle, nor weights "
+            "of one from weights of the other. Start a second training from the weights of the first with --init."
+        )
+    return value
+
+
+Schedule = Annotated[Literal["poly", "cosine", "constant"], BeforeValidator(_no_restarts)]
 
 
 class Recipe(BaseModel):
@@ -30,7 +49,7 @@ class Recipe(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(ge=0, description="weight decay")
-    schedule: Literal["poly", "cosine", "constant"] = Field("poly", description="learning rate over the iterations")
+    schedule: Schedule = Field("poly", description="learning rate over the iterations")
     power: float = Field(0.9, gt=0, description="of the poly schedule")
     min_lr: float = Field(0.0, ge=0, description="learning rate that the schedule ends at")
     warmup_iters: int = Field(0, ge=0, description="iterations of linear warm-up")
@@ -65,6 +84,13 @@ class Recipe(BaseModel):
     data_fraction: float = Field(
         1.0, gt=0, le=1, description="share of the training images that is used, drawn once by the seed"
     )
+    norm_of_parts: bool = Field(
+        False, description="with accumulate, batch norm takes the statistics of each part, as of smaller batches"
+    )
+    head_lr_mult: float = Field(
+        1.0, gt=0, description="factor on the learning rate of decode and auxiliary heads (closed-set methods)"
+    )
+    norm_decay: bool = Field(True, description="norms and biases decay as well, where a method does not say otherwise")
     policy: str = Field("all", description="which parameters are trained; the method says what it knows")
 
     @model_validator(mode="after")

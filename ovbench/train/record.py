@@ -22,6 +22,7 @@ DEFAULT_ROOT = Path("results") / "trainings"
 RECORD, LOSSES, CURVES, WEIGHTS, CHECKPOINTS, SUBSET = (
     "training.json", "losses.jsonl", "losses.png", "model.safetensors", "checkpoints", "images.txt",
 )  # fmt: skip
+VALIDATION, VALIDATION_CURVE, BEST = "validation.jsonl", "validation.png", "best.safetensors"
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -35,6 +36,8 @@ class TrainSpec(BaseModel):
     arch: str = Field(description="encoder, or open_clip architecture")
     weights: str = Field("random", description="what training starts from: 'random', a tag, or a file's name")
     weights_sha256: str | None = Field(None, description="hash of that file")
+    init: str | None = Field(None, description="name of the file with a whole network that training starts from")
+    init_sha256: str | None = Field(None, description="hash of that file")
     wording: str | None = Field(None, description="word list of the classes; null for closed-set methods")
     templates: str | None = Field(None, description="how words become sentences; null for closed-set methods")
     templates_sha256: str | None = Field(None, description="hash of those sentences")
@@ -68,8 +71,9 @@ class TrainSpec(BaseModel):
         for name in ADDED_LATER:
             if getattr(self.recipe, name) == Recipe.model_fields[name].default:
                 del content["recipe"][name]
-        if self.subset_sha256 is None:
-            del content["subset_sha256"]
+        for name in ("subset_sha256", "init", "init_sha256"):
+            if content[name] is None:
+                del content[name]
         return sha256_of(content)
 
 
@@ -82,6 +86,18 @@ class PartReport(BaseModel):
     params: int = Field(description="parameters")
     trainable: int = Field(description="of which are trained")
     lr_mult: float | None = Field(description="factor on the learning rate; null where nothing is trained")
+
+
+class ValidationPoint(BaseModel):
+    """Scores on the validation split while a training runs."""
+
+    model_config = _STRICT
+
+    iteration: int = Field(ge=1, description="iterations done")
+    miou: float = Field(description="of the exported weights under the method's protocol, in percent")
+    branches: dict[str, float] = Field(
+        default_factory=dict, description="mIoU of classifiers that are trained but do not decide, in percent"
+    )
 
 
 class TrainRecord(BaseModel):
@@ -98,11 +114,17 @@ class TrainRecord(BaseModel):
     iterations: int = Field(ge=0, description="iterations done")
     resumed: int = Field(0, ge=0, description="how often it was resumed")
     parts: tuple[PartReport, ...] = Field(description="parameters by part")
+    start: str | None = Field(None, description="what was taken of the file of spec.init, what it left and what is new")
     seconds_per_iteration: float | None = Field(None, description="median of this process' iterations, data included")
     peak_memory_mib: float | None = None
     peak_memory_kind: str | None = None
     final_losses: dict[str, float] = Field(default_factory=dict, description="of the last iteration")
     weights_sha256: str | None = Field(None, description="of model.safetensors; null until there is one")
+    validation: tuple[ValidationPoint, ...] = Field((), description="by iteration, with --val-every")
+    best_iteration: int | None = Field(
+        None, description="of the highest mIoU among them, whose weights are in best.safetensors"
+    )
+    best_weights_sha256: str | None = Field(None, description="of best.safetensors")
     environment: Environment
     git_commit: str | None
     git_dirty: bool | None
@@ -150,6 +172,19 @@ def unfinished(root: Path, spec_hash: str) -> Path | None:
     return max(found)[1] if found else None
 
 
+def shorter(root: Path, spec: TrainSpec) -> Path | None:
+    """A folder below ``root`` with a training that has ended and differs from ``spec`` in a shorter schedule alone, or None."""
+
+    def rest(one: TrainSpec) -> dict[str, Any]:
+        content = one.model_dump(mode="json", exclude={"planned", "overrides", "limit_iters"})
+        return {**content, "recipe": {k: v for k, v in content["recipe"].items() if k not in ("iters", "epochs")}}
+
+    for record, folder in _all_of(root):
+        if record.status == "ok" and record.spec.planned < spec.planned and rest(record.spec) == rest(spec):
+            return folder
+    return None
+
+
 def finished(root: Path, spec_hash: str) -> tuple[TrainRecord, Path] | None:
     """The newest training of that spec which ended well and whose weights are still there, and its folder."""
     for record, folder in sorted(_of_spec(root, spec_hash), key=lambda item: item[0].started, reverse=True):
@@ -160,14 +195,17 @@ def finished(root: Path, spec_hash: str) -> tuple[TrainRecord, Path] | None:
 
 
 def _of_spec(root: Path, spec_hash: str) -> Iterator[tuple[TrainRecord, Path]]:
+    return (found for found in _all_of(root) if found[0].spec_hash == spec_hash)
+
+
+def _all_of(root: Path) -> Iterator[tuple[TrainRecord, Path]]:
     for path in root.glob(f"*/{RECORD}"):
         try:
             record = read(path)
         except DataError as error:
             warnings.warn(f"{error} It is passed over.", OvbenchWarning, stacklevel=2)
             continue
-        if record.spec_hash == spec_hash:
-            yield record, path.parent
+        yield record, path.parent
 
 
 @contextmanager

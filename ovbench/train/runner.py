@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ prepare()
 
 from mmengine.hooks import EMAHook, Hook  # noqa: E402
 from mmengine.model import BaseModel, MMDistributedDataParallel  # noqa: E402
-from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWrapper, PolyLR  # noqa: E402
+from mmengine.optim import OptimWrapper  # noqa: E402
 from mmengine.registry import LOOPS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
-from ovbench.errors import RunError, WeightsError  # noqa: E402
-from ovbench.models.closed_set import ParameterGroup  # noqa: E402
+from ovbench.errors import Interrupted, RunError, WeightsError  # noqa: E402
+from ovbench.evaluate.readers import Readers  # noqa: E402
+from ovbench.models.trainable import ParameterGroup, Trainable  # noqa: E402
 from ovbench.train import accumulation, checkpoint  # noqa: E402
 from ovbench.train.data import Positions, TrainingSet, loader, seed_at  # noqa: E402
+from ovbench.train.optimizer import optimizer_wrapper, schedulers  # noqa: E402
 from ovbench.train.processes import any_of  # noqa: E402
 from ovbench.train.recipe import Recipe  # noqa: E402
 
@@ -46,6 +47,8 @@ class Journal:
         on_losses: Called with (iterations done, learning rate, losses by name) after every iteration.
         iteration: Iterations done.
         stop_asked: Save after the iteration in flight and end.
+        validate: Called with the Runner and the iterations done, after each and before the first; raises ``Interrupted``
+            where it is cut short.
     """
 
     folder: Path
@@ -53,6 +56,14 @@ class Journal:
     on_losses: Callable[[int, float, dict[str, float]], None] = lambda iteration, lr, losses: None
     iteration: int = 0
     stop_asked: bool = False
+    validate: Callable[[Any, int], None] = lambda runner, iteration: None
+
+    def kept(self) -> str:
+        """What of the training there is to go on from, as a sentence."""
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return "Nothing was saved yet: the first checkpoint was to come later (--checkpoint-every)."
+        return f"The last checkpoint, of iteration {found[-1][0]}, is kept."
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Journal:
         """Itself: mmengine copies the configs that hand it on, but there is one training."""
@@ -63,13 +74,14 @@ class TrainingModel(BaseModel):  # type: ignore[misc]
     """A trainable network as mmengine wants it: a batch of crops and labels to losses.
 
     Args:
-        network: Has ``losses(images, labels)``.
+        network: Has ``losses(images, labels)``; on the device that batches are moved to.
         parts: In how many parts a batch goes through it.
     """
 
     def __init__(self, network: nn.Module, parts: int = 1) -> None:
         super().__init__()
         self.network, self.parts = network, parts
+        self.data_preprocessor.to(next(network.parameters()).device)
 
     def init_weights(self) -> None:
         """Nothing: the network comes with its weights."""
@@ -93,59 +105,6 @@ class ParallelModel(MMDistributedDataParallel):  # type: ignore[misc]
         return accumulation.step(self, self.module, data, optim_wrapper, self.module.parts)
 
 
-class CPUAmpWrapper(OptimWrapper):  # type: ignore[misc]
-    """bfloat16 autocast on a CPU, where mmengine's own refuses; needs no loss scaling."""
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast around the forward."""
-        with super().optim_context(model), torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
-
-
-def optimizer_wrapper(groups: list[ParameterGroup], recipe: Recipe, device: str) -> OptimWrapper:
-    """The recipe's optimiser over groups of parameters, with clipping and autocast.
-
-    Raises:
-        RunError: float16 on a CPU.
-    """
-    params = []
-    for group in groups:
-        still = {id(parameter) for parameter in group.undecayed}
-        decaying = [parameter for parameter in group.parameters if id(parameter) not in still]
-        for own, factor in ((decaying, group.decay_mult), (list(group.undecayed), 0.0)):
-            if own:
-                lr, decay = recipe.lr * group.lr_mult, recipe.weight_decay * factor
-                params.append({"params": own, "lr": lr, "weight_decay": decay})
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    clip = None if recipe.grad_clip is None else {"max_norm": recipe.grad_clip}
-    if recipe.amp == "off":
-        return OptimWrapper(optimizer=optimizer, clip_grad=clip)
-    if device != "cpu":
-        return AmpOptimWrapper(optimizer=optimizer, clip_grad=clip, dtype=recipe.amp)
-    if recipe.amp == "float16":
-        raise RunError("float16 training needs a GPU: use --set amp=bfloat16 or amp=off on a CPU.")
-    return CPUAmpWrapper(optimizer=optimizer, clip_grad=clip)
-
-
-def schedulers(optimizer: torch.optim.Optimizer, recipe: Recipe, planned: int) -> list[Any]:
-    """The recipe's learning rate over ``planned`` iterations."""
-    found: list[Any] = []
-    warm = min(recipe.warmup_iters, planned)
-    if warm:
-        found.append(LinearLR(optimizer, start_factor=recipe.warmup_factor, begin=0, end=warm, by_epoch=False))
-    if recipe.schedule == "constant" or warm == planned:
-        return found
-    span = {"begin": warm, "end": planned, "by_epoch": False, "eta_min": recipe.min_lr}
-    if recipe.schedule == "poly":
-        return [*found, PolyLR(optimizer, power=recipe.power, **span)]
-    return [*found, CosineAnnealingLR(optimizer, T_max=planned - warm, **span)]
-
-
 class SeedHook(Hook):  # type: ignore[misc]
     """What is drawn in an iteration (dropout, samplers) depends on seed, iteration and process alone."""
 
@@ -165,8 +124,8 @@ class JournalHook(Hook):  # type: ignore[misc]
 
     priority = "VERY_LOW"  # after the schedule and the mean of the weights
 
-    def __init__(self, journal: Journal, stop: int, rank: int) -> None:
-        self.journal, self.stop, self.rank, self.lr = journal, stop, rank, 0.0
+    def __init__(self, journal: Journal, stop: int, rank: int, world: int) -> None:
+        self.journal, self.stop, self.rank, self.alone, self.lr = journal, stop, rank, world == 1, 0.0
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Notes the learning rate, which the schedule has moved on by the time the losses are known."""
@@ -178,17 +137,35 @@ class JournalHook(Hook):  # type: ignore[misc]
         losses = {name: float(value.detach()) for name, value in outputs.items()}
         bad = ", ".join(name for name, value in losses.items() if "loss" in name and not math.isfinite(value))
         # What one process finds or is told, all do: else the others would wait for it.
-        ended, self.journal.stop_asked = any_of((bool(bad), self.journal.stop_asked))
+        ended, asked = any_of((bool(bad), self.journal.stop_asked))
         if ended:
             bad = bad or "the losses of another process"
-            raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} The last checkpoint is kept.")
+            raise RunError(f"NaN or infinity in {bad} after {done} iterations. {LESS} {self.journal.kept()}")
         self.journal.iteration = done
         if self.rank == 0:
             self.journal.on_losses(done, self.lr, losses)
-            if done % self.journal.every == 0 or done == self.stop or self.journal.stop_asked:
+            saved = done % self.journal.every == 0 or done == self.stop or asked
+            if saved:
                 runner.save(self.journal)
-        if self.journal.stop_asked:
+            if not asked and self._interrupted(runner, done):
+                asked = True
+                if not saved:
+                    runner.save(self.journal)
+        if asked:
             raise KeyboardInterrupt
+
+    def before_train(self, runner: Any) -> None:
+        """Validates what a training that is resumed was to validate next."""
+        if self.rank == 0 and self._interrupted(runner, runner.iter):
+            raise KeyboardInterrupt
+
+    def _interrupted(self, runner: Any, done: int) -> bool:
+        """Validates; whether the user has asked for the end meanwhile, which of several processes this one may not decide."""
+        try:
+            self.journal.validate(runner, done)
+        except Interrupted:
+            return True
+        return self.alone and self.journal.stop_asked
 
 
 @LOOPS.register_module()
@@ -202,7 +179,7 @@ class TrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         start_loader: Makes the loader from the iteration to start with.
     """
 
-    def __init__(self, runner: Any, dataloader: Any, stop: int, start_loader: Callable[[int], Any]) -> None:
+    def __init__(self, runner: Any, dataloader: Any, stop: int, start_loader: Callable[[int], Readers]) -> None:
         super().__init__(runner, dataloader, max_iters=max(stop, 1))
         self.start_loader = start_loader
 
@@ -210,10 +187,12 @@ class TrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         """Trains from the current iteration on."""
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
-        batches = iter(self.start_loader(self._iter)) if self._iter < self._max_iters else iter(())
-        while self._iter < self._max_iters:
-            self.runner.model.train()
-            self.run_iter(next(batches))
+        if self._iter < self._max_iters:
+            with self.start_loader(self._iter) as reader:
+                batches = iter(reader)
+                while self._iter < self._max_iters:
+                    self.runner.model.train()
+                    self.run_iter(next(batches))
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         model: nn.Module = self.runner.model
@@ -236,10 +215,10 @@ class TrainRunner(Runner):  # type: ignore[misc]
             return ParallelModel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
 
     @property
-    def plain_model(self) -> nn.Module:
+    def plain_model(self) -> Trainable:
         """The network without mmengine's wrappers."""
         model: Any = self.model.module if hasattr(self.model, "module") else self.model
-        network: nn.Module = model.network
+        network: Trainable = model.network
         return network
 
     def ema(self) -> EMAHook | None:
@@ -248,17 +227,18 @@ class TrainRunner(Runner):  # type: ignore[misc]
 
     def state(self) -> dict[str, Tensor]:
         """The network's state without parts that no training changes."""
-        frozen = tuple(getattr(self.plain_model, "FROZEN", ()))
+        frozen = self.plain_model.FROZEN
         return {key: value for key, value in self.plain_model.state_dict().items() if not key.startswith(frozen)}
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The weights to evaluate: the running mean where there is one."""
+    def averaged_network(self) -> Trainable:
+        """The network to evaluate: that of the running mean where there is one."""
         hook = self.ema()
-        if hook is None:
-            return self.plain_model.state_dict()
-        prefix = "module.network."
-        state = hook.ema_model.state_dict()
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        network: Trainable = self.plain_model if hook is None else hook.ema_model.module.network
+        return network
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Its weights."""
+        return self.averaged_network().state_dict()
 
     def save(self, journal: Journal) -> Path:
         """Writes a checkpoint of the state after ``journal.iteration`` iterations.
@@ -269,8 +249,8 @@ class TrainRunner(Runner):  # type: ignore[misc]
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise RunError(
-                    f"NaN or infinity in the weights '{name}' after {journal.iteration} iterations. {LESS} The last "
-                    "checkpoint is kept."
+                    f"NaN or infinity in the weights '{name}' after {journal.iteration} iterations. {LESS} "
+                    f"{journal.kept()}"
                 )
         hook = self.ema()
         return checkpoint.write(
@@ -344,7 +324,7 @@ def build_runner(
         return loader(images, Positions(len(images), seed, each, first, rank, world), workers, device)
 
     wrapper = optimizer_wrapper(groups, recipe, device)
-    hooks: list[Hook] = [SeedHook(seed, rank), JournalHook(journal, stop, rank)]
+    hooks: list[Hook] = [SeedHook(seed, rank), JournalHook(journal, stop, rank, world)]
     if recipe.ema is not None:
         hooks.append(EMAHook(ema_type="ExponentialMovingAverage", momentum=recipe.ema, update_buffers=False))
     return TrainRunner(

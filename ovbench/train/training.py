@@ -43,9 +43,19 @@ def train(planned: Plan, options: TrainOptions | None = None) -> tuple[TrainReco
     store.ensure_writable(where.results)
     ended = records.finished(home, spec_hash) if where.resume else None
     if ended is not None:
-        where.on_message(f"Trained already: {ended[1]}")
+        where.on_message(
+            f"Trained already: {ended[0].iterations} of {spec.planned} iterations, {ended[1]}. Nothing is left to resume; "
+            "without --resume a new training starts."
+        )
         return ended
     folder = records.unfinished(home, spec_hash) if where.resume else None
+    ended_before = records.shorter(home, spec) if where.resume and folder is None else None
+    if ended_before is not None:
+        raise UsageError(
+            f"'{ended_before}' has ended, and its learning rate with it. More iterations are another schedule: going on from "
+            "there would be a warm restart, whose weights no training in one go would give. Without --resume a new training "
+            "starts; with --init it starts from those weights, and its record says so."
+        )
     if where.resume and folder is None and lead:
         where.on_message("Nothing to resume for this spec: a new training starts.")
     started = datetime.now(timezone.utc)
@@ -65,9 +75,10 @@ def _train(
     from ovbench.measure.environment import environment, git_state, package_versions
     from ovbench.measure.timing import peak_memory, reset_peak_memory
     from ovbench.train import checkpoint
-    from ovbench.train.curves import plot_losses
+    from ovbench.train.curves import plot_losses, plot_validation
     from ovbench.train.data import training_set
     from ovbench.train.runner import Journal, build_runner
+    from ovbench.train.validation import Validation
 
     spec, network, lead = planned.spec, planned.subject.network, rank == 0
     spec_hash = spec.spec_hash()
@@ -82,6 +93,7 @@ def _train(
         iterations=done,
         resumed=0 if earlier is None else earlier.resumed + 1,
         parts=planned.parts,
+        start=planned.subject.start,
         environment=Environment(**environment(spec.device)),
         **git_state(),
         package_versions=package_versions(),
@@ -94,6 +106,8 @@ def _train(
             (folder / records.SUBSET).write_text(
                 "".join(f"{name}\n" for name in planned.subset.values()), encoding="utf-8"
             )
+        if planned.subject.start is not None:
+            where.on_message(planned.subject.start)
         where.on_message(
             f"{'Resuming' if done else 'Training'} {folder.name}" + (f" from iteration {done}" if done else "")
         )
@@ -119,7 +133,20 @@ def _train(
                 board.add_scalar(name, value, iteration)
         where.on_iteration(iteration, spec.stop, lr, losses)
 
+    def save(path: Path, runner: Any, iteration: int) -> None:
+        state_dict = planned.subject.exported(runner.averaged_state())
+        trained_file.save(path, state_dict, _about(spec, state, iteration))
+
+    def validate(runner: Any, iteration: int) -> None:
+        assert validation is not None  # only called with one
+        if validation.due(iteration):
+            validation(runner, iteration, lambda: world == 1 and journal.stop_asked)
+            clock[0] = perf_counter()  # not the time of an iteration
+
     journal = Journal(folder / records.CHECKPOINTS, where.checkpoint_every, on_losses, done)
+    validation = Validation(planned, where, folder, done, save) if lead else None
+    if validation is not None:
+        journal.validate = validate
     reset_peak_memory(next(network.parameters()).device)
     status, reason, failure = "ok", None, None
     runner: Any = None
@@ -156,9 +183,7 @@ def _train(
             clock[0] = perf_counter()
             runner.train()
         if lead:
-            trained_file.save(
-                folder / records.WEIGHTS, planned.subject.exported(runner.averaged_state()), _about(spec, state)
-            )
+            save(folder / records.WEIGHTS, runner, spec.stop)
     except KeyboardInterrupt:
         status, reason = "interrupted", "interrupted by the user or the scheduler"
     except Exception as error:
@@ -181,6 +206,7 @@ def _train(
             "peak_memory_kind": memory[1] if memory else None,
             "final_losses": dict(last),
             "weights_sha256": sha256_of_file(weights) if status == "ok" and lead else None,
+            **({} if validation is None else validation.summary()),
             "finished": datetime.now(timezone.utc),
         }
     )
@@ -189,6 +215,7 @@ def _train(
         title = f"{spec.method} on {spec.dataset}, {spec.arch}" + (" - generated scenes" if spec.demo else "")
         try:
             plot_losses({"": folder / records.LOSSES}, folder / records.CURVES, title)
+            plot_validation(state.validation, folder / records.VALIDATION_CURVE, title)
         except OSError as error:  # a picture must not hide how the training ended
             where.on_message(f"No picture of the losses: {error}.")
     if status == "interrupted":
@@ -199,9 +226,10 @@ def _train(
     return state, folder
 
 
-def _about(spec: TrainSpec, state: TrainRecord) -> trained_file.About:
+def _about(spec: TrainSpec, state: TrainRecord, iterations: int) -> trained_file.About:
     from ovbench import benchmarks
 
+    same = () if spec.recipe.norm_of_parts else SAME_WEIGHTS
     return trained_file.About(
         method=spec.method,
         method_options=spec.method_options,
@@ -211,9 +239,9 @@ def _about(spec: TrainSpec, state: TrainRecord) -> trained_file.About:
         words=trained_words(benchmarks.get(spec.dataset), spec.wording) if spec.wording else [],
         training=state.train_id,
         spec_hash=state.spec_hash,
-        iterations=spec.stop,
+        iterations=iterations,
         planned=spec.planned,
-        overrides=[f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides if name not in SAME_WEIGHTS],
+        overrides=[f"{name}={getattr(spec.recipe, name)}" for name in spec.overrides if name not in same],
         demo=spec.demo,
     )
 
