@@ -25,102 +25,54 @@ from ovbench.models.public_file import PublicFile
 from ovbench.networks.encoders import encoder, encoder_config
 
 METHODS = {
-    "fcn": {
-        "cls": "FCN", "track": "closed-set", "protocol": "closed-set", "paper": "Long et al., CVPR 2015",
-        "summary": "FCN",
-    },
-    "psp": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Zhao et al., CVPR 2017",
-        "summary": "PSPNet",
-    },
-    "ccnet": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Huang et al., ICCV 2019",
-        "summary": "CCNet",
-    },
-    "deeplabv3": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Chen et al., arXiv 1706.05587",
-        "summary": "DeepLabV3",
-    },
-    "deeplabv3plus": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Chen et al., ECCV 2018",
-        "summary": "DeepLabV3+",
-    },
-    "uper": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Xiao et al., ECCV 2018",
-        "summary": "UperNet",
-    },
-    "isnet": {
-        "cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Jin et al., ICCV 2021",
-        "summary": "ISNet",
-    },
-    "segnext": {
-        "cls": "SegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "Guo et al., NeurIPS 2022",
-        "summary": "SegNeXt",
-    },
-    "caa-fcn": {
-        "cls": "CAAFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "FCN with class-aware affinity",
-    },
-    "caa-psp": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "PSPNet with class-aware affinity",
-    },
-    "caa-ccnet": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "CCNet with class-aware affinity",
-    },
-    "caa-deeplabv3": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "DeepLabV3 with class-aware affinity",
-    },
-    "caa-deeplabv3plus": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "DeepLabV3+ with class-aware affinity",
-    },
-    "caa-uper": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "UperNet with class-aware affinity",
-    },
-    "caa-isnet": {
-        "cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "ISNet with class-aware affinity",
-    },
-    "caa-segnext": {
-        "cls": "CAASegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
-        "summary": "SegNeXt with class-aware affinity",
-    },
-    "ecac-fcn": {
-        "cls": "ECACFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "FCN with extended context-aware classifier",
-    },
-    "ecac-psp": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "PSPNet with extended context-aware classifier",
-    },
-    "ecac-ccnet": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "CCNet with extended context-aware classifier",
-    },
-    "ecac-deeplabv3": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "DeepLabV3 with extended context-aware classifier",
-    },
-    "ecac-deeplabv3plus": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "DeepLabV3+ with extended context-aware classifier",
-    },
-    "ecac-uper": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "UperNet with extended context-aware classifier",
-    },
-    "ecac-isnet": {
-        "cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "ISNet with extended context-aware classifier",
-    },
-    "ecac-segnext": {
-        "cls": "ECACSegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
-        "summary": "SegNeXt with extended context-aware classifier",
-    },
+    "fcn": {"cls": "FCN", "track": "closed-set", "protocol": "closed-set", "paper": "Long et al., CVPR 2015",
+        "summary": "FCN"},
+    "psp": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Zhao et al., CVPR 2017",
+        "summary": "PSPNet"},
+    "ccnet": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Huang et al., ICCV 2019",
+        "summary": "CCNet"},
+    "deeplabv3": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Chen et al., arXiv 1706.05587",
+        "summary": "DeepLabV3"},
+    "deeplabv3plus": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Chen et al., ECCV 2018",
+        "summary": "DeepLabV3+"},
+    "uper": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Xiao et al., ECCV 2018",
+        "summary": "UperNet"},
+    "isnet": {"cls": "Host", "track": "closed-set", "protocol": "closed-set", "paper": "Jin et al., ICCV 2021",
+        "summary": "ISNet"},
+    "segnext": {"cls": "SegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "Guo et al., NeurIPS 2022",
+        "summary": "SegNeXt"},
+    "caa-fcn": {"cls": "CAAFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "FCN with class-aware affinity"},
+    "caa-psp": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "PSPNet with class-aware affinity"},
+    "caa-ccnet": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "CCNet with class-aware affinity"},
+    "caa-deeplabv3": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "DeepLabV3 with class-aware affinity"},
+    "caa-deeplabv3plus": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "DeepLabV3+ with class-aware affinity"},
+    "caa-uper": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "UperNet with class-aware affinity"},
+    "caa-isnet": {"cls": "CAAMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "ISNet with class-aware affinity"},
+    "caa-segnext": {"cls": "CAASegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 3",
+        "summary": "SegNeXt with class-aware affinity"},
+    "ecac-fcn": {"cls": "ECACFCN", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "FCN with extended context-aware classifier"},
+    "ecac-psp": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "PSPNet with extended context-aware classifier"},
+    "ecac-ccnet": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "CCNet with extended context-aware classifier"},
+    "ecac-deeplabv3": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "DeepLabV3 with extended context-aware classifier"},
+    "ecac-deeplabv3plus": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "DeepLabV3+ with extended context-aware classifier"},
+    "ecac-uper": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "UperNet with extended context-aware classifier"},
+    "ecac-isnet": {"cls": "ECACMethod", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "ISNet with extended context-aware classifier"},
+    "ecac-segnext": {"cls": "ECACSegNeXt", "track": "closed-set", "protocol": "closed-set", "paper": "thesis ch. 4",
+        "summary": "SegNeXt with extended context-aware classifier"},
 }  # fmt: skip
 
 # Both chapters: SGD with momentum .9, poly schedule of power .9, batch 16, ratios .5 to 1.75 (text), mirroring. Photometric

@@ -78,8 +78,8 @@ def seen_and_unseen(trained_on: str, root: Path, other: str, wording: str) -> tu
 
 
 def mean_and_spread(values: Sequence[float | None]) -> str:
-    """Mean over seeds, with the standard deviation where there are several; a dash where there is no figure."""
-    known = [value for value in values if value is not None]
+    """Mean over seeds, with the standard deviation where there are several; a dash where there is none (None, NaN)."""
+    known = [value for value in values if value is not None and value == value]
     if not known:
         return "–"
     spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
