@@ -233,12 +233,9 @@ class MaskMethod(Method):
 
     def public_state(self) -> dict[str, Tensor]:
         """All weights but the generator's (unless those are trained), which :meth:`load` takes."""
-        if isinstance(self.clip, DenseCLIP):
-            self.clip.join_projections()
+        towers = self.clip.public_state() if isinstance(self.clip, DenseCLIP) else self.clip.clip.state_dict()
         own = {key: value for key, value in self.state_dict().items() if not key.startswith(("clip.", *self.FROZEN))}
-        inner = {
-            _CLIP + key: value for key, value in self.clip.clip.state_dict().items() if not key.endswith("attn_mask")
-        }
+        inner = {_CLIP + key: value for key, value in towers.items() if not key.endswith("attn_mask")}
         extra = {f"generator.{key}": value for key, value in self.generator.state_dict().items()}
         return {**inner, **own, **(extra if self.trains_generator else {})}
 

@@ -332,6 +332,14 @@ class DenseCLIP(FrozenCLIP):
         self.requires_grad_(False)
         self._positions.clear()
 
+    def public_state(self) -> dict[str, Tensor]:
+        """The weights of both towers under open_clip's names, projections in one matrix; the network stays as it is."""
+        state = dict(self.clip.state_dict())
+        for key in [key for key in state if key.endswith("q_proj_weight")]:
+            own = key.removesuffix("q_proj_weight")
+            state[f"{own}in_proj_weight"] = torch.cat([state.pop(f"{own}{part}_proj_weight") for part in "qkv"])
+        return state
+
     def merge_heads(self, heads: Tensor, index: int = -1) -> Tensor:
         """Output projection of a block's attention: (B, heads, T, d) -> (B, T, C)."""
         block: Any = self.blocks[index]
