@@ -40,14 +40,12 @@ LETTERS = {  # the same thing, of which these two verbs take several
 DEFAULTS = {
     "--method": "training has no customary method; elsewhere a solver or a record may stand for it",
     "--dataset": "run and train are about one; elsewhere it is an extra",
-    "--classes": "predict is about them; elsewhere a benchmark or a number may stand for them",
     "--out": "every verb makes something else, or prints it where nothing is said",
     "--split": "scores are of val, frequencies of train; what is prepared is all that there is",
 }
 TYPES = {
     "--method": "required in train",
     "--dataset": "required in run and train; 'prompts check' takes several",
-    "--classes": "required in predict",
     "--out": "never None where there is a default",
 }
 

@@ -193,17 +193,24 @@ def test_a_launcher_that_did_not_start_this(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    put_back(monkeypatch)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         ranks.join(launcher)
 
 
-def test_slurm_names_become_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+def put_back(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Names that joining sets; they are gone now, and again what they were after the test."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     for name in names:
-        monkeypatch.setenv(name, "")  # so that they are put back
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    return names
+
+
+def test_slurm_names_become_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = put_back(monkeypatch)
     given = {
         "SLURM_PROCID": "3",
         "SLURM_NTASKS": "8",
