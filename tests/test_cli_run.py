@@ -150,6 +150,7 @@ def test_offline_user_learns_what_to_do(
 ) -> None:
     """HF_HUB_OFFLINE stands for a machine without a network; the hub's cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = run_cli("predict", str(picture), "--classes", "sky", "--pretrained", "openai")
     assert done.returncode == 4
     assert "Could not get the weights 'openai' for ViT-B-16" in done.stderr
