@@ -12,17 +12,19 @@ mmengine's ``Runner.save_checkpoint``. SyncBN and BN have the same keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ovbench.errors import WeightsError
 from ovbench.methods import hosts  # type: ignore[import-not-found]
 from ovbench.models.public_file import PublicFile, class_names_of, config_of, named_settings, tensors_below
 from ovbench.networks import encoders
-from ovbench.networks.encoder_of import difference, encoders_of
+from ovbench.networks.encoder_of import difference, encoders_of, listed
 from ovbench.networks.encoder_weights import mmseg_keys
 from ovbench.networks.state_dict import read_content, state_of
 
@@ -35,6 +37,7 @@ _MARKS = {
     "aspp_modules.": "deeplabv3",
     "hamburger.": "segnext",
 }
+_WRAPPED = ("decode_head.", "module.decode_head.")
 _FCN = ("convs.", "conv_cat.", "conv_seg.")
 # Settings of a head without a mark in its weights, and what mmseg's classes have where a config does not name them.
 _UNSEEN: dict[str, Any] = {
@@ -60,6 +63,10 @@ def read_public(path: Path) -> PublicFile | None:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, _changed: int, _size: int) -> PublicFile | None:
+    if path.suffix == ".safetensors":  # a file of another kind, perhaps of gigabytes, shows by its header
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:  # a damaged one is told of below
+            if not any(key.startswith(_WRAPPED) for key in file.keys()):  # noqa: SIM118
+                return None
     content = read_content(path)
     meta = _part(content, "meta")
     state = state_of(content)
@@ -149,7 +156,7 @@ def _require_head(
         ours, theirs = own[key], given.get(key, own[key])
         if isinstance(ours, dict) and isinstance(theirs, dict):
             theirs = {name: theirs.get(name, value) for name, value in ours.items()}
-        if ours is not None and _listed(theirs) != _listed(ours):
+        if ours is not None and listed(theirs) != listed(ours):
             raise WeightsError(
                 f"The decode head of '{path.name}' was trained with {key}={theirs}; '{host}' has {key}={ours}. {_INSTEAD}"
             )
@@ -165,7 +172,3 @@ _INSTEAD = "Give a file of the host's base config in mmseg: output stride 8 (Upe
 def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = config.get(key)
     return found if isinstance(found, Mapping) else {}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -31,6 +31,7 @@ from ovbench import benchmarks
 from ovbench.benchmarks.benchmark import Benchmark
 from ovbench.benchmarks.frequencies import thirds
 from ovbench.benchmarks.synth.copies import synth
+from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.methods import closed_set, hosts  # type: ignore[import-not-found]
 from ovbench.mm.compat import import_mmseg, quiet_mmengine
 from ovbench.networks.visual import load_visual
@@ -85,7 +86,8 @@ class Picture(NamedTuple):
 def pictures(a: argparse.Namespace, benchmark: Benchmark, root: Path) -> list[Picture]:
     """The images of a split with the features of the trunk, made once and kept below ``out``."""
     pairs = benchmark.pairs(root) if a.data == SCENES else benchmark.pairs(root)[: sum(a.scenes)]
-    kept = a.out / f"features-{benchmark.name}-{len(pairs)}-{benchmark.fingerprint(root)[:8]}-{a.side}.pt"
+    made = sha256_of([benchmark.fingerprint(root), len(pairs), a.side, trunk_of(a)])[:12]
+    kept = a.out / f"features-{benchmark.name}-{made}.pt"
     if kept.is_file():
         return [Picture(*content) for content in torch.load(kept, weights_only=True)]
     found, trunk = [], load_visual("dinov2-s", a.trunk_weights)
@@ -104,6 +106,12 @@ def pictures(a: argparse.Namespace, benchmark: Benchmark, root: Path) -> list[Pi
     kept.parent.mkdir(parents=True, exist_ok=True)
     torch.save([tuple(picture) for picture in found], kept)
     return found
+
+
+def trunk_of(a: argparse.Namespace) -> str:
+    """What tells one trunk from another: its file's hash, or ``random``."""
+    path = Path(a.trunk_weights)
+    return sha256_of_file(path) if path.is_file() else a.trunk_weights
 
 
 def reduced(train: list[Picture], *splits: list[Picture]) -> list[list[Picture]]:
@@ -215,7 +223,8 @@ def scores(head: Any, images: list[Picture], classes: int) -> dict[str, Any]:
 
 def trained(a: argparse.Namespace, name: str, seed: int, data: tuple[Any, ...]) -> dict[str, Any]:
     """The record of one training, from its file where it is there."""
-    file = a.out / "heads" / f"{name.replace(':', '_')}-{seed}-{a.iters}.json"
+    how = sha256_of([a.data, a.scenes, a.side, a.lr, trunk_of(a), str(a.data_root)])[:8]
+    file = a.out / "heads" / f"{name.replace(':', '_')}-{seed}-{a.iters}-{how}.json"
     if file.is_file():
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found

@@ -43,7 +43,9 @@ def trained(
     a: argparse.Namespace, method: str, dataset: str, root: Path, changes: Mapping[str, str], **how: Any
 ) -> tuple[TrainRecord, Path]:
     """The record and folder of a training, which may have ended already; ``how`` are arguments of ``plan``."""
-    where = TrainOptions(data_root=root, results=a.out / "trainings", workers=0, resume=True, checkpoint_every=50)
+    where = TrainOptions(
+        data_root=root, results=a.out / f"trainings-{a.iters}", workers=0, resume=True, checkpoint_every=50
+    )
     planned = plan(method, dataset, changes={**changes, "iters": str(a.iters)}, options=where, **how)
     return train(planned, where)
 

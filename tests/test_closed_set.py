@@ -161,6 +161,14 @@ def test_weights_of_something_else(saved, fields, message):
         load(saved, **fields)
 
 
+def test_a_file_with_nan(network, tmp_path):
+    state = dict(network.state_dict())
+    state["segmentor.decode_head.conv_seg.bias"] = torch.full((len(NAMES),), float("nan"))
+    trained_file.save(tmp_path / "bad.safetensors", state, about())
+    with pytest.raises(WeightsError, match=r"NaN or infinity in segmentor\.decode_head\.conv_seg\.bias"):
+        load(tmp_path / "bad.safetensors")
+
+
 def test_a_file_that_does_not_fit(network, tmp_path):
     state = dict(network.state_dict())
     state.pop("segmentor.decode_head.conv_seg.weight")

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.progress import ProgressColumn
 
 # A file or a pipe has no width: wide enough that no name in a table is folded.
 _PIPE_WIDTH = 240
@@ -60,7 +61,6 @@ def bar(title: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int | 
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
-        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
@@ -76,19 +76,22 @@ def bar(title: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int | 
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def columns() -> tuple[ProgressColumn, ...]:
+    """Of a bar of counted things: how many, the task's field ``text``, and the time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+
+
 @contextmanager
 def progress(unit: str, title: str = "evaluating") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with rate and remaining time; a line now and then where stderr is no terminal."""
     from time import monotonic
 
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     target = console(sys.stderr)
     first: list[float] = []
@@ -110,10 +113,6 @@ def progress(unit: str, title: str = "evaluating") -> Iterator[Callable[[int, in
 
         yield tell
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=target, transient=True) as bar:
-        task = bar.add_task(title, total=None, rate="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, rate=rate(done))
+    with Progress(*columns(), console=target, transient=True) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, text=rate(done))

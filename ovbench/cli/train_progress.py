@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 
-from ovbench.cli.console import console, say
+from ovbench.cli.console import columns, console, say
 
 EVERY = 30.0  # seconds between lines
 
@@ -55,24 +55,13 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def bars(launcher: str) -> Iterator[tuple[Callable[..., None], Callable[[int, int], None]]]:
     """Progress of iterations (with losses and remaining time) and of counted files, on stderr."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     target = console(sys.stderr)
     if not target.is_terminal or launcher != "none":
         yield LogLines(), lambda done, total: None
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=target, transient=True, speed_estimate_period=120) as bar:
+    with Progress(*columns(), console=target, transient=True, speed_estimate_period=120) as bar:
         training = bar.add_task("training", total=None, text="", visible=False)
         counting = bar.add_task("counting pixels of classes", total=None, text="", visible=False)
 

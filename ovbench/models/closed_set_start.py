@@ -16,7 +16,7 @@ from ovbench.models.closed_set_weights import segmentor_state
 from ovbench.models.public_file import PublicFile, require_names
 from ovbench.models.trained_file import About, options_again, read_about
 from ovbench.networks.encoder_of import encoders_of
-from ovbench.networks.state_dict import read_state_dict, require_fit
+from ovbench.networks.state_dict import read_state_dict, require_finite, require_fit
 from ovbench.paths import user_path
 
 _HEAD, _HOST = "segmentor.decode_head.", "segmentor.decode_head.host."
@@ -172,6 +172,7 @@ def _start(
         unknown=[key for key in left if key.startswith(inside) and key not in anew],
         shapes=[key for key in state if state[key].shape != own[key].shape],
     )
+    require_finite(state.items(), file)
     return Start(state, theirs, _parts(state), _parts(left), _parts(fresh))
 
 

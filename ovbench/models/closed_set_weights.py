@@ -18,7 +18,7 @@ from ovbench.models.public_file import tensors_below
 from ovbench.models.resolve import Resolved
 from ovbench.networks.encoder_weights import mmseg_keys
 from ovbench.networks.encoders import encoder
-from ovbench.networks.state_dict import read_state_dict, require_fit
+from ovbench.networks.state_dict import read_state_dict, require_finite, require_fit
 from ovbench.paths import user_path
 from ovbench.registry import closed_set_class, method_info
 
@@ -162,4 +162,5 @@ def load_strictly(network: ClosedSetNetwork, state: dict[str, Any], name: str, a
         unknown=[key for key in given if key not in own],
         shapes=[key for key in given if key in own and given[key].shape != own[key].shape],
     )
+    require_finite(given.items(), name)
     network.load_state_dict(given, strict=False)  # counters of batches, which nothing here reads, may be missing

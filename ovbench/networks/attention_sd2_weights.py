@@ -17,6 +17,7 @@ from ovbench.errors import UsageError, WeightsError, first_line
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.networks.attention_sd2 import SIZE, TIMESTEP, SD2Source
 from ovbench.networks.published import fetching
+from ovbench.networks.state_dict import require_finite
 from ovbench.paths import user_path
 
 HUB = "stabilityai/stable-diffusion-2-base"
@@ -181,9 +182,7 @@ def _from_folder(library: str, cls: str, folder: Path, part: str) -> nn.Module:
     ]
     if parts:
         raise WeightsError(f"'{file}' does not fit the {part} of 'sd2': {'. '.join(parts)}.")
-    broken = next((key for key, value in model.named_parameters() if not value.isfinite().all()), None)
-    if broken:
-        raise WeightsError(f"'{file}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+    require_finite(model.named_parameters(), file)
     loaded: nn.Module = model.float().eval()
     return loaded
 

@@ -19,7 +19,7 @@ from ovbench.networks.attention_base import TransformerSource, to_whole_patches
 from ovbench.networks.attention_names import VITS, ViTRecipe
 from ovbench.networks.dense_clip import Grid, resize_position_embedding
 from ovbench.networks.published import fetched, random_digest
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.paths import user_path
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB 0..255
@@ -169,9 +169,7 @@ def _from_file(name: str, recipe: ViTRecipe, path: Path) -> nn.Module:
     ]
     if parts:
         raise WeightsError(f"'{path}' does not fit the attention source '{name}' ({recipe.arch}): {'. '.join(parts)}.")
-    broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
-    if broken:
-        raise WeightsError(f"'{path}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+    require_finite(state.items(), path)
     model.load_state_dict({key: value.float() for key, value in state.items()})
     return model
 

@@ -22,7 +22,7 @@ from ovbench.networks.clip_heads import HEAD_WIDTH, REMEDY, Shapes, heads_of
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.eva_clip import is_eva, plain_vit
 from ovbench.networks.published import fetching, random_digest
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.paths import user_path
 
 # OpenAI's mean and deviation on RGB 0..255 as every public training-free configuration rounds them
@@ -345,11 +345,7 @@ def load_strictly(model: nn.Module, state: dict[str, Any], name: str, arch: str)
             "leave --arch away for a file in OpenAI's format."
         )
     model.load_state_dict({key: value.float() for key, value in tensors.items() if key in expected}, strict=False)
-    broken = next(
-        (key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None
-    )
-    if broken:
-        raise WeightsError(f"'{name}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+    require_finite(tensors.items(), name)
 
 
 @lru_cache(maxsize=8)

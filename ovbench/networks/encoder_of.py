@@ -76,7 +76,7 @@ def difference(name: str, given: Mapping[str, Any]) -> str | None:
     """
     own = {**_PLAIN, **encoder(name).backbone}
     for key in _UNSEEN:
-        if key in own and key in given and _listed(given[key]) != _listed(own[key]):
+        if key in own and key in given and listed(given[key]) != listed(own[key]):
             return f"{key}={given[key]}"
     return None
 
@@ -85,5 +85,6 @@ _PLAIN: dict[str, Any] = {"multi_grid": None, "dcn": None, "plugins": None}
 _UNSEEN: Sequence[str] = (*_PLAIN, "strides", "dilations", "contract_dilation", "patch_size", "num_heads", "style")
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A setting of a config, in which lists and tuples are the same."""
     return list(value) if isinstance(value, tuple) else value

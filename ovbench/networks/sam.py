@@ -20,7 +20,7 @@ from ovbench.errors import WeightsError
 from ovbench.hashing import sha256_of_file
 from ovbench.networks.dense_clip import Grid
 from ovbench.networks.published import fetched, random_digest
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.networks.visual_base import VisualEncoder
 from ovbench.paths import user_path
 
@@ -171,9 +171,7 @@ def load_sam(name: str, weights: str | None = None, *, seed: int = 0) -> SamEnco
     ]
     if parts:
         raise WeightsError(f"'{path}' does not fit the visual encoder '{name}' ({'. '.join(parts)}).")
-    broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
-    if broken:
-        raise WeightsError(f"'{path}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+    require_finite(state.items(), path)
     model.load_state_dict({key: value.float() for key, value in state.items()})
     return SamEncoder(name, recipe.sizes, model, shown, sha256_of_file(path))
 

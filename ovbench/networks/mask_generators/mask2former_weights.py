@@ -23,6 +23,7 @@ from ovbench.errors import WeightsError, first_line
 from ovbench.hashing import sha256_of, sha256_of_file
 from ovbench.networks.mask_generators.mask2former import Mask2Former
 from ovbench.networks.published import fetching
+from ovbench.networks.state_dict import require_finite
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is not
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -205,7 +206,5 @@ def _read(transformers: Any, name: str, folder: Path, file: Path) -> Any:
     parts = [f"{label}: {'; '.join(sorted(map(str, keys))[:3])}" for label, keys in problems.items() if keys]
     if parts:
         raise WeightsError(f"'{file}' does not fit the mask generator '{name}' ({'. '.join(parts)}).")
-    broken = next((key for key, value in model.named_parameters() if not value.isfinite().all()), None)
-    if broken:
-        raise WeightsError(f"'{file}' holds NaN or infinity in {broken}: the file is damaged, fetch it again.")
+    require_finite(model.named_parameters(), file)
     return model.float()
