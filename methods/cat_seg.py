@@ -33,7 +33,7 @@ from ovbench.networks.cost_aggregation.losses import binary_cross_entropy, share
 from ovbench.networks.cost_aggregation.policies import ATTENTION, parameter_groups, require_policy
 from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.recompute import recomputed
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.words.embeddings import embed_words, encode_tokens
 from ovbench.words.prompts import Prompts
 
@@ -207,6 +207,7 @@ class CATSeg(Method):
             unknown=[checkpoint.public_name(key) for key in head if key not in own],
             shapes=[checkpoint.public_name(key) for key in head if key in own and head[key].shape != own[key].shape],
         )
+        require_finite(head.items(), name)
         self.load_state_dict({key: value.float() for key, value in head.items()}, strict=False)
 
     def head_state(self) -> dict[str, Tensor]:

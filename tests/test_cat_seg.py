@@ -270,11 +270,14 @@ def test_training(
         near(gradient.view_as(reference), reference, 1e-3 * float(reference.abs().max()))  # 4.6e-4 on an AMD EPYC
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "apart", "shape", "clip"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "apart", "shape", "clip", "nan"])
 def test_a_damaged_checkpoint_is_refused(folder: Path, tmp_path: Path, change: str) -> None:
     state = load_file(folder / "catseg_weights.safetensors")
     place = f"{checkpoint.CLIP}transformer.resblocks.0.attn"
-    if change == "missing":
+    if change == "nan":
+        key = next(key for key in state if key.startswith(checkpoint.AGGREGATOR))
+        state[key] = torch.full_like(state[key], float("nan"))
+    elif change == "missing":
         del state[f"{checkpoint.AGGREGATOR}head.bias"]
     elif change == "unknown":
         state["backbone.stem.weight"] = torch.zeros(1)
@@ -290,6 +293,7 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, tmp_path: Path, change: s
         "apart": f"missing: {place}.k_proj_weight",
         "shape": "of another shape: upsample1.bias",
         "clip": "missing: ln_final.bias",
+        "nan": "NaN or infinity",
     }[change]
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(WeightsError, match=named.replace(".", r"\.")):

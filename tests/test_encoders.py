@@ -245,6 +245,13 @@ def test_what_does_not_fit_is_listed(tmp_path):
         load_encoder(vit, _saved(tmp_path, {**vit.state_dict(), "pos_embed": torch.zeros(1, 7, 24)}))
 
 
+def test_a_file_with_nan(tmp_path):
+    state = _build(encoders.encoder("tiny").backbone).state_dict()
+    state["layer1.0.conv1.weight"] = torch.full_like(state["layer1.0.conv1.weight"], float("nan"))
+    with pytest.raises(WeightsError, match=r"NaN or infinity in layer1\.0\.conv1\.weight"):
+        build_encoder("tiny", _saved(tmp_path, state))
+
+
 def test_a_pickle_with_code_is_not_run(tmp_path):
     with pytest.raises(WeightsError, match="Cannot read"):
         build_encoder("tiny", _saved(tmp_path, {"state_dict": {"a": encoders.Encoder}}))

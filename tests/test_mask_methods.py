@@ -524,6 +524,12 @@ def test_a_policy_trains_what_it_says_and_the_file_gives_the_network_back(name, 
     save_file(state, tmp_path / "less.safetensors", metadata={"ovbench": about.model_dump_json()})
     with pytest.raises(WeightsError, match="does not fit"):
         cls.load(str(tmp_path / "less.safetensors"), None, cls.configure({"generator": "grid", **options}))
+    broken = dict(method.public_state())
+    key = next(key for key in broken if key.startswith(("adapter.", "pseudo.")))
+    broken[key] = torch.full_like(broken[key], float("nan"))
+    trained_weights.save(tmp_path / "nan.safetensors", broken, about)
+    with pytest.raises(WeightsError, match="NaN or infinity"):
+        cls.load(str(tmp_path / "nan.safetensors"), None, cls.configure({"generator": "grid", **options}))
 
 
 @pytest.mark.parametrize("name", ["fisa", "scn"])

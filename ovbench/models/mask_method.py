@@ -21,7 +21,7 @@ from ovbench.networks.dense_clip import DenseCLIP
 from ovbench.networks.mask_generators.cache import CachedGenerator, proposals_dir
 from ovbench.networks.mask_generators.generator import MaskGenerator
 from ovbench.networks.mask_generators.load import MASK2FORMERS, generator_names, load_generator
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.ops.mask_losses import LossWeights, mask_losses, match, without_crowds
 from ovbench.ops.masks import padded
 from ovbench.ops.panoptic import Segments, segments_of_labels
@@ -227,6 +227,7 @@ class MaskMethod(Method):
             raise WeightsError(
                 f"'{name}' holds a trained mask generator of another kind: give the one it was trained with."
             )
+        require_finite(state.items(), name)
         self.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
         if tuned:
             self.generator.weights_sha256 = sha256_of_file(user_path(name))

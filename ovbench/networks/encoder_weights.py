@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ovbench.errors import WeightsError
 from ovbench.mm.compat import import_mmseg
 from ovbench.networks.encoders import encoder
-from ovbench.networks.state_dict import read_state_dict
+from ovbench.networks.state_dict import read_state_dict, require_finite
 from ovbench.paths import user_path
 
 State = dict[str, Tensor]
@@ -65,6 +65,7 @@ def load_encoder(backbone: nn.Module, path: str | Path) -> None:
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in faults.items() if keys)
         raise WeightsError(f"'{file.name}' does not fit {kind}: {listed}.")
+    require_finite(state.items(), file.name)
     backbone.load_state_dict(state, strict=False)  # what is not in it was allowed above
 
 
